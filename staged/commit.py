@@ -1,0 +1,655 @@
+"""Acquire, decide, publish, remove, finish. Recovery walks the same steps.
+
+Between two calls to the driver the process may die, be stopped for an hour, or lose an answer. Read each function with
+one question: if nothing after this line ever runs, what does the next process find, and is it old or new?
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import anyio
+
+from staged import planning, states
+from staged.control import (
+    HEAD,
+    SEGMENT,
+    Target,
+    outcome_key,
+    read,
+    read_head,
+    read_ledger,
+    read_manifest,
+    read_names,
+    read_outcome,
+    read_parts,
+    read_record,
+    record_key,
+    swap,
+    write_parts,
+)
+from staged.driver import Lock
+from staged.errors import (
+    Busy,
+    CommitBlocked,
+    CommitIncomplete,
+    CommitInDoubt,
+    Conflict,
+    DamagedRecord,
+    Fenced,
+    StagedError,
+    StagingError,
+    StorageError,
+)
+from staged.model import (
+    Answer,
+    Capabilities,
+    Entry,
+    Head,
+    HeadState,
+    Ledger,
+    LedgerEntry,
+    Listed,
+    Mode,
+    Outcome,
+    Plan,
+    PlanHeader,
+    PlanPart,
+    Published,
+    Receipt,
+    Ref,
+    Removed,
+    Resolve,
+    Trees,
+    TxRecord,
+    TxState,
+)
+from staged.model import Decided as DecidedEvent
+from staged.observers import notify
+from staged.planning import Work
+from staged.records import HandlesPart, check_meta, encode
+
+__all__ = ["Held", "Stop", "Stopped", "acquire", "commit", "discard", "look", "make_plan", "settle"]
+
+KEPT_COMMITS = 1_000
+"""Commits, and so keys, that the ledger remembers."""
+_BATCH = 1_000
+"""Entries of one publish or remove where the head must be renewed in between."""
+_REQUEST_TIMEOUT = 20.0
+"""Seconds within which a driver's single request ends: no step is started later than that before a lease could lapse."""
+
+_log = logging.getLogger("staged")
+_T = TypeVar("_T")
+
+
+class Stopped(Exception):
+    """The caller was cancelled before the decision; internal."""
+
+
+class Stop:
+    """A caller's wish to end before the decision, seen between two driver calls. No call is ever torn off halfway."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._event = anyio.Event()
+
+    def request(self) -> None:
+        self.requested = True
+        self._event.set()
+
+    def check(self) -> None:
+        if self.requested:
+            raise Stopped
+
+    async def sleep(self, seconds: float) -> None:
+        with anyio.move_on_after(seconds):
+            await self._event.wait()
+        self.check()
+
+
+class Held:
+    """Possession of the head: its content as we last wrote it, and the token that the next swap must name."""
+
+    def __init__(self, target: Target, head: Head, token: str | None, lock: Lock | None) -> None:
+        self.target = target
+        self.head = head
+        self.lock = lock
+        self._token = token
+        self._renewed = anyio.current_time()
+
+    async def move(self, head: Head) -> bool:
+        """Swap the head; False where it is no longer ours. See `control.swap` for what is raised."""
+        sent = anyio.current_time()
+        token = await swap(self.target.driver, HEAD, head, self._token)
+        if token is None:
+            return False
+        self.head, self._token, self._renewed = head, token, sent
+        return True
+
+    def adopt(self, head: Head, token: str | None) -> None:
+        """Go on with a head that we wrote, as it was read back."""
+        self.head, self._token = head, token
+
+    async def check(self) -> None:
+        """Raise `Fenced` unless the head is still as we wrote it."""
+        head, token = await read_head(self.target.driver)
+        if token != self._token:
+            raise Fenced(
+                f"Another process took over the head while transaction {self.head.transaction} was being completed; it is "
+                f"now {head.state.value} at epoch {head.epoch}.",
+                transaction=self.head.transaction,
+            )
+
+    async def renew(self) -> None:
+        """Show a sign of life in good time, where death is told by silence; raise `Fenced` where it came too late."""
+        store = self.target.store
+        if store.fence == "lock":
+            return
+        if anyio.current_time() - self._renewed < (store.period - min(_REQUEST_TIMEOUT, store.period / 2)) / 2:
+            return
+        if not await self.move(states.renew(self.head)):
+            await self.check()
+
+    def release(self) -> None:
+        """Drop the operating system's lock, where there is one."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+# -------------------------------------------------------------------------------------------------------------- acquire
+
+
+async def acquire(target: Target, transaction: str, owner: str, timeout: float, stop: Stop) -> Held:
+    """Hold the head for a transaction; what a dead writer decided is completed on the way.
+
+    Raises:
+        Busy: A live process held it for `timeout` seconds, or a decided commit is blocked.
+    """
+    held = await _take(target, owner, timeout, stop)
+    try:
+        while True:
+            head = held.head
+            if head.state is HeadState.COMMITTED:
+                try:
+                    await _complete_other(held, owner, None)
+                except CommitBlocked as error:
+                    raise Busy(
+                        f"Transaction {error.transaction} is decided but blocked by {len(error.paths)} foreign entries. Run "
+                        'recover(resolve="keep") or recover(resolve="replace") first. This transaction changed nothing.',
+                        transaction=transaction,
+                    ) from error
+            elif await held.move(states.hold(head, transaction, owner)):
+                return held
+            held = await _again(held, owner, timeout, stop)
+    except BaseException:
+        held.release()
+        raise
+
+
+async def settle(target: Target, owner: str, resolve: Resolve | None, timeout: float, stop: Stop) -> str | None:
+    """Leave no dead writer's head behind: complete what was decided, free what was not.
+
+    Returns:
+        The transaction that was completed, if one was.
+
+    Raises:
+        Busy: A live process holds the head.
+        CommitBlocked: Something foreign is in the way, and `resolve` does not say what to do about it.
+    """
+    head, _ = await read_head(target.driver)
+    if head.state is HeadState.FREE:
+        return None
+    held = await _take(target, owner, timeout, stop)
+    finished = None
+    try:
+        while held.head.state is not HeadState.FREE:
+            if held.head.state is HeadState.COMMITTED:
+                finished = await _complete_other(held, owner, resolve) or finished
+            else:
+                await held.move(states.abandon(held.head))
+            if held.head.state is not HeadState.FREE:
+                held = await _again(held, owner, timeout, stop)
+    finally:
+        held.release()
+    return finished
+
+
+async def _take(target: Target, owner: str, timeout: float, stop: Stop) -> Held:
+    """Read the head at a moment when nobody alive holds it: by the lock, or by its silence for a whole period."""
+    deadline = anyio.current_time() + timeout
+    lock: Lock | None = None
+    pause = 0.001
+    if target.store.fence == "lock":
+        while (lock := await target.driver.lock("lock")) is None:
+            await _pause(deadline, pause, stop)
+            pause = min(2 * pause, 0.05)
+    try:
+        head, token = await read_head(target.driver)
+        silent_since = anyio.current_time()
+        while lock is None and head.state is not HeadState.FREE and head.owner != owner:
+            if anyio.current_time() - silent_since >= target.store.period:
+                break
+            await _pause(deadline, target.store.period / 20, stop)
+            before, (head, token) = token, await read_head(target.driver)
+            if token != before:
+                silent_since = anyio.current_time()
+        stop.check()
+        return Held(target, head, token, lock)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+
+
+async def _again(held: Held, owner: str, timeout: float, stop: Stop) -> Held:
+    """After a lost race: look at the head anew, under the same lock where there is one."""
+    if held.lock is not None:
+        head, token = await read_head(held.target.driver)
+        return Held(held.target, head, token, held.lock)
+    return await _take(held.target, owner, timeout, stop)
+
+
+async def _pause(deadline: float, seconds: float, stop: Stop) -> None:
+    left = deadline - anyio.current_time()
+    if left <= 0:
+        raise Busy("Another live process holds the target; the wait for it timed out. Nothing was changed.")
+    await stop.sleep(min(seconds, left))
+
+
+# --------------------------------------------------------------------------------------------------------------- decide
+
+
+async def commit(
+    target: Target, record: TxRecord, work: Work, manifest: Ref, *, timeout: float, stop: Stop
+) -> Receipt:
+    """Commit a prepared transaction. On return it ended: committed, done, skipped.
+
+    Raises:
+        Stopped, Busy, Conflict and other errors whose `outcome` is "untouched": undecided; the head was given back, and
+            the caller rolls back.
+        CommitInDoubt, Fenced: Not known here whether it was decided; nothing was cleaned up.
+        CommitIncomplete: Decided, not completed.
+    """
+    held = await acquire(target, record.id, record.owner, timeout, stop)
+    try:
+        decided = await _decide(held, record, work, manifest, stop)
+        if isinstance(decided, Receipt):
+            return decided
+        return await _complete(held, decided, None)
+    finally:
+        held.release()
+
+
+async def _decide(
+    held: Held, record: TxRecord, work: Work, manifest: Ref, stop: Stop
+) -> _Decided | Receipt:
+    """Everything under the head up to the decision. An error gives the head back: the target is untouched."""
+    driver, epoch = held.target.driver, held.head.epoch
+    try:
+        stamped = await _stamp(held, record)
+        if (outcome := await read_outcome(driver, record.id)) is not None and outcome.state == "committed":
+            await _give_back(held)
+            return outcome.receipt or Receipt(record.id, record.mode, "committed")
+        if not stamped:
+            raise StagingError(f"Transaction {record.id} was rolled back by another process.", transaction=record.id)
+        ledger = await read_ledger(driver, held.head)
+        if record.key is not None and any(commit.key == record.key for commit in ledger.commits):
+            await _give_back(held)
+            return Receipt(record.id, record.mode, "done", key=record.key)
+        stop.check()
+        await _check_overlap(held, record, work, ledger)
+        plan = await make_plan(held.target, record.id, work)
+        if plan.skipped:
+            await _give_back(held)
+            return Receipt(record.id, record.mode, "skipped", key=record.key)
+        stop.check()
+        await held.renew()
+        decided = _Decided.of(epoch, record, plan, manifest, held.head.ledger, ledger)
+        plan_ref = await write_parts(driver, f"log/{record.id}/plan-{epoch}", decided.parts())
+        ledger_ref = await write_parts(driver, f"ledger-{epoch}", [_next_ledger(ledger, record, epoch)])
+        await held.renew()
+        stop.check()
+    except Exception:
+        await _give_back(held)
+        raise
+    await _swap_decision(held, plan_ref, ledger_ref)
+    notify(held.target.observers, DecidedEvent(record.id, epoch, len(plan.publish), len(plan.remove)))
+    return decided
+
+
+async def _stamp(held: Held, record: TxRecord) -> bool:
+    """Rewrite our record under the head: an ABORTED that somebody sends late then names an older token, and fails."""
+    driver = held.target.driver
+    found = await read_record(driver, record.id)
+    if found is None or found[0].state is not TxState.PREPARED:
+        return False
+    if found[0].owner != record.owner:
+        raise Fenced(f"Another process resumed transaction {record.id}.", transaction=record.id)
+    stamped = replace(found[0], stamp=held.head.epoch, nonce=states.new_id())
+    return await swap(driver, record_key(record.id), stamped, found[1]) is not None
+
+
+async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
+    """The decision. An unknown outcome is settled by moving the head away: a late swap then finds another token."""
+    tx, undecided = held.head.transaction or "", held.head
+    try:
+        if await held.move(states.decide(undecided, plan, ledger)):
+            return
+    except StorageError as error:
+        try:
+            if await held.move(states.free(undecided)):
+                raise StagingError(
+                    f"The store did not take the decision of transaction {tx}: {error} The target is untouched.",
+                    transaction=tx,
+                    retryable=True,
+                ) from error
+        except StorageError:
+            pass  # neither swap was answered: read
+    try:
+        head, token = await read_head(held.target.driver)
+        if head.state is HeadState.COMMITTED and head.owner == undecided.owner and head.plan == plan:
+            held.adopt(head, token)
+            return
+        if head.state is HeadState.HELD and head.owner == undecided.owner:
+            raise StorageError("The head is still held, and a late swap may yet decide it.")
+        outcome = await look(held.target, tx)
+    except StorageError as error:
+        raise CommitInDoubt(
+            f"It is not known whether transaction {tx} was decided: {error} Nothing was cleaned up. Ask store.outcome({tx!r}) "
+            "later, or run recover().",
+            transaction=tx,
+        ) from error
+    raise Fenced(
+        f"Another process took the head from transaction {tx}, which is {outcome.state}. Ask store.outcome({tx!r}).",
+        transaction=tx,
+    )
+
+
+async def look(target: Target, tx: str) -> Outcome:
+    """How a transaction stands: the head is read first, then the outcome, then the record."""
+    head, _ = await read_head(target.driver)
+    if head.transaction == tx and head.state is HeadState.COMMITTED:
+        return Outcome(tx, "committing", epoch=head.epoch)
+    if (outcome := await read_outcome(target.driver, tx)) is not None:
+        return outcome
+    if (found := await read_record(target.driver, tx)) is None:
+        # It may have ended between the two reads: its outcome is written before its record goes.
+        return await read_outcome(target.driver, tx) or Outcome(tx, "unknown")
+    state = found[0].state
+    if state is TxState.ABORTED:
+        return Outcome(tx, "rolled_back", Receipt(tx, found[0].mode, "rolled_back", key=found[0].key))
+    return Outcome(tx, "open" if state is TxState.OPEN else "prepared")
+
+
+async def _give_back(held: Held) -> None:
+    """Free an undecided head. Where that fails the next writer takes it over: an undecided head is no harm."""
+    await _quietly(held.move(states.free(held.head)))
+
+
+async def make_plan(target: Target, tx: str, work: Work) -> Plan:
+    """List what the plan must know of the target, and make it; raises what `planning.make_plan` raises."""
+    if work.mode is Mode.FULL_DROP and target.store.swaps_trees:
+        return Plan(publish=tuple(work.entries), trees=await target.driver.trees(tx))
+    scope = planning.scope(work)
+    listing: list[Listed] = []
+    for prefix in scope.prefixes:
+        async for page in target.driver.list(prefix):
+            listing += page
+            if scope.until_first_file and any(not listed.is_dir for listed in page):
+                break
+    if scope.names:
+        async for page in target.driver.list(names=scope.names):
+            listing += page
+    return planning.make_plan(work, listing, target.store)
+
+
+async def _check_overlap(held: Held, record: TxRecord, work: Work, ledger: Ledger) -> None:
+    """Raise `Conflict` where a commit since the base touched our names, or can no longer be told."""
+    if work.mode not in planning.BLIND and not held.target.store.strict_overlap:
+        return
+    since = [commit for commit in ledger.commits if commit.epoch > record.base]
+    lost = record.base < ledger.floor
+    for commit in since:
+        if lost or (found := await read_names(held.target.driver, commit.transaction, commit.epoch)) is None:
+            lost = True
+            break
+        names, header = found
+        name = planning.overlap(work, held.target.store, names, whole=header.trees is not None)
+        if name is not None:
+            raise Conflict(
+                f"{name!r} was touched by transaction {commit.transaction}, committed after this one began. The target is "
+                "untouched by this one; run it again.",
+                transaction=record.id,
+            )
+        await held.renew()
+    if lost:
+        raise Conflict(
+            "What was committed since this transaction began is no longer on record. The target is untouched by this one; "
+            "run it again.",
+            transaction=record.id,
+        )
+
+
+def _next_ledger(ledger: Ledger, record: TxRecord, epoch: int) -> Ledger:
+    commits = (*ledger.commits, LedgerEntry(epoch, record.id, record.key))
+    forgotten = commits[: max(0, len(commits) - KEPT_COMMITS)]
+    meta = {**ledger.meta, **record.meta}
+    check_meta(meta)
+    return Ledger(commits[len(forgotten) :], meta, forgotten[-1].epoch if forgotten else ledger.floor)
+
+
+# ------------------------------------------------------------------------------------------- publish, remove and finish
+
+
+@dataclass(frozen=True, slots=True)
+class _Decided:
+    """A plan that is decided, by us or by the process whose work we complete; `ledger` is the one it supersedes."""
+
+    header: PlanHeader
+    plan: Plan
+    ledger: Ref | None = None
+
+    @classmethod
+    def of(
+        cls, epoch: int, record: TxRecord, plan: Plan, manifest: Ref, superseded: Ref | None, ledger: Ledger
+    ) -> _Decided:
+        """The plan of a transaction, about to be decided at an epoch."""
+        rows = [entry.rows for entry in plan.publish]
+        header = PlanHeader(
+            transaction=record.id,
+            mode=record.mode,
+            epoch=epoch,
+            key=record.key,
+            previous=ledger.commits[-1].transaction if ledger.commits else None,
+            manifest=manifest,
+            files=len(plan.publish),
+            rows=None if None in rows else sum(row or 0 for row in rows),
+            bytes=sum(entry.size for entry in plan.publish),
+            keep_old=record.keep_old,
+            trees=plan.trees,
+            parts=max(1, -(-max(len(plan.replaces), len(plan.remove)) // SEGMENT)),
+        )
+        return cls(header, plan, superseded)
+
+    def parts(self) -> list[PlanPart]:
+        """The segments to write: the constant part in the first."""
+        replaces = list(self.plan.replaces.items())
+        cuts = [slice(at * SEGMENT, (at + 1) * SEGMENT) for at in range(self.header.parts)]
+        return [
+            PlanPart(self.header if at == 0 else None, dict(replaces[cut]), self.plan.remove[cut])
+            for at, cut in enumerate(cuts)
+        ]
+
+    def receipt(self, left: int) -> Receipt:
+        """What the commit came to, the same whoever completes it."""
+        header, plan = self.header, self.plan
+        swapped = header.trees is not None and header.trees.target is not None
+        return Receipt(
+            id=header.transaction,
+            mode=header.mode,
+            phase="committed",
+            files=header.files,
+            rows=header.rows,
+            bytes=header.bytes,
+            removed=None if swapped else len(plan.remove) + len(plan.replaces),
+            key=header.key,
+            left=left,
+        )
+
+
+async def _load(target: Target, head: Head) -> _Decided:
+    """The decided plan that a head names, held against its digest."""
+    if head.plan is None:
+        raise DamagedRecord("The head is committed but names no plan.", transaction=head.transaction)
+    parts = await read_parts(target.driver, head.plan, PlanPart)
+    header = parts[0].header
+    if header is None or header.transaction != head.transaction:
+        raise DamagedRecord("The plan belongs to another transaction than the head.", transaction=head.transaction)
+    entries = await read_manifest(target.driver, header.manifest)
+    replaces = {path: identity for part in parts for path, identity in part.replaces.items()}
+    remove = tuple(listed for part in parts for listed in part.remove)
+    return _Decided(header, Plan(tuple(entries), replaces, remove, header.trees))
+
+
+async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> str | None:
+    """Complete what a dead writer decided; None where somebody else was faster."""
+    if not await held.move(states.adopt(held.head, owner)):
+        return None
+    receipt = await _complete(held, await _load(held.target, held.head), resolve)
+    return receipt.id
+
+
+async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
+    """Publish, remove, write the outcome, free the head, clean up. Every step can be repeated by anybody."""
+    target, header = held.target, decided.header
+    driver, tx = target.driver, header.transaction
+    try:
+        if header.trees is not None:
+            left = await _swap_trees(held, header, header.trees, resolve)
+        else:
+            left = await _publish(held, decided.plan, resolve) + await _remove(held, decided.plan.remove)
+        receipt = decided.receipt(left)
+        await driver.put_segment(outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch)))
+    except StorageError as error:
+        raise CommitIncomplete(
+            f"Transaction {tx} is decided but not completed: {error} Run recover(), or let the next writer complete it.",
+            transaction=tx,
+        ) from error
+    # From here on all is published and the outcome durable: what fails is left to the next writer, recover or gc.
+    await _quietly(held.move(states.free(held.head)))
+    held.release()
+    await _quietly(discard(target, tx))
+    if decided.ledger is not None:
+        await _quietly(driver.delete_control([f"{decided.ledger.key}-0"]))
+    if header.trees is not None:
+        await _quietly(driver.trim(header.keep_old, 0.0))
+    return receipt
+
+
+async def _swap_trees(held: Held, header: PlanHeader, trees: Trees, resolve: Resolve | None) -> int:
+    """Swap the trees; the number of files left out because something foreign is in the target's place."""
+    driver = held.target.driver
+    aside = f"{header.epoch:016d}-{header.transaction}"
+    answer = await driver.swap(header.transaction, trees, aside)
+    if answer in (Answer.FOREIGN, Answer.LOST):
+        await held.check()
+        if resolve == "replace" and answer is Answer.FOREIGN:
+            now = await driver.trees(header.transaction)
+            answer = await driver.swap(header.transaction, Trees(trees.new, now.target), aside)
+        elif resolve is not None:
+            return header.files
+    if answer in (Answer.FOREIGN, Answer.LOST):
+        raise _blocked(header.transaction, ["."], answer is Answer.LOST)
+    notify(held.target.observers, Published(header.transaction, header.files))
+    return 0
+
+
+async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> int:
+    """Publish all entries; the number left out because something foreign is in their place."""
+    target, tx = held.target, held.head.transaction or ""
+    left = 0
+    for batch in _batches(plan.publish, target.store):
+        await held.renew()
+        stuck = _stuck(batch, await target.driver.publish(tx, batch, plan.replaces))
+        if stuck:
+            await held.check()
+            if resolve == "replace":
+                names = [entry.path for entry, _ in stuck]
+                there = {listed.path: listed.identity async for page in target.driver.list(names=names) for listed in page}
+                retry = [entry for entry, _ in stuck]
+                stuck = _stuck(retry, await target.driver.publish(tx, retry, there))
+            foreign = [entry for entry, answer in stuck if answer is Answer.FOREIGN]
+            if stuck and (resolve is None or (resolve == "replace" and foreign)):
+                raise _blocked(tx, [entry.path for entry, _ in stuck], not foreign)
+            # What is kept out is discarded before the head is freed: nobody may publish it later.
+            await target.driver.discard(tx, [entry.handle for entry in foreign], whole=False)
+            left += len(stuck)
+        notify(target.observers, Published(tx, len(batch) - len(stuck)))
+    return left
+
+
+async def _remove(held: Held, entries: Sequence[Listed]) -> int:
+    """Remove exactly the planned entries; the number left because they are no longer the ones listed."""
+    target = held.target
+    left = 0
+    for batch in _batches(entries, target.store):
+        await held.renew()
+        answers = await target.driver.remove(batch)
+        foreign = sum(answer is Answer.FOREIGN for answer in answers)
+        if foreign:
+            await held.check()
+            left += foreign
+        notify(target.observers, Removed(held.head.transaction or "", len(batch) - foreign))
+    return left
+
+
+def _batches(entries: Sequence[_T], store: Capabilities) -> list[Sequence[_T]]:
+    """All at once under a lock; in slices where a sign of life is due in between."""
+    size = len(entries) if store.fence == "lock" else _BATCH
+    return [entries[at : at + size] for at in range(0, len(entries), max(1, size))]
+
+
+def _stuck(batch: Sequence[Entry], answers: Sequence[Answer]) -> list[tuple[Entry, Answer]]:
+    return [
+        (entry, answer)
+        for entry, answer in zip(batch, answers, strict=True)
+        if answer in (Answer.FOREIGN, Answer.LOST)
+    ]
+
+
+def _blocked(tx: str, paths: Sequence[str], lost: bool) -> CommitBlocked:
+    what = "staged files of it are gone" if lost else "something that is not ours is in the way"
+    return CommitBlocked(
+        f"Transaction {tx} is decided, but {what}: {', '.join(map(repr, paths[:5]))}{' …' if len(paths) > 5 else ''}. "
+        'Nothing of it was overwritten. Run recover(resolve="keep") to leave that in place, or recover(resolve="replace").',
+        paths=paths,
+        transaction=tx,
+    )
+
+
+async def discard(target: Target, tx: str, *, log: bool = False) -> None:
+    """Discard the staging of a transaction that ended, then its control data, the record last: a crash leaves a trace.
+
+    Args:
+        log: Its manifest and plan go too: nothing was committed.
+    """
+    keys = await target.driver.list_control(f"tx/{tx}/")
+    handles: set[str] = set()
+    for key in keys:
+        if key.startswith(f"tx/{tx}/handles-") and (found := await read(target.driver, key, HandlesPart)) is not None:
+            handles.update(found[0].handles)
+    await target.driver.discard(tx, handles, whole=True)
+    if log:
+        await target.driver.delete_control(await target.driver.list_control(f"log/{tx}/"))
+    record = record_key(tx)
+    await target.driver.delete_control([*(key for key in keys if key != record), record])
+
+
+async def _quietly(step: Awaitable[object]) -> None:
+    try:
+        await step
+    except StagedError as error:
+        _log.warning("Something was left for the next writer, recover or gc: %s", error)

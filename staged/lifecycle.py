@@ -1,0 +1,494 @@
+"""A transaction from begin to finished, and how its block ends.
+
+The block's own exception leaves it unchanged. Commit and rollback run in a task of their own that is waited out, so that a
+cancellation finds either an undecided transaction, which is rolled back, or a decided one, which is completed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TypeVar
+
+import anyio
+
+from staged import commit, paths, planning, states
+from staged._waitout import run_to_end
+from staged.commit import Stop, Stopped, discard, look
+from staged.control import (
+    Target,
+    base_of,
+    read_both,
+    read_manifest,
+    read_record,
+    record_key,
+    swap,
+    write_manifest,
+)
+from staged.driver import Lock
+from staged.errors import (
+    Busy,
+    CommitIncomplete,
+    CommitInDoubt,
+    Conflict,
+    Exists,
+    Fenced,
+    InvalidInput,
+    StagedError,
+    StagingError,
+    StorageError,
+    ValidationFailed,
+    WrongState,
+)
+from staged.model import Entry, Finished, Mode, Plan, Prepared, Receipt, TxRecord, TxState
+from staged.observers import notify
+from staged.planning import Work
+from staged.records import check_key, check_meta
+from staged.recovery import abort
+from staged.staging import Staging
+from staged.states import ENDED, Phase, advance
+
+__all__ = ["Block", "Check", "Options", "Transaction"]
+
+Check = Callable[[Sequence[Entry]], None | Awaitable[None]]
+"""Looks at the staged entries before the lock; raises to refuse them."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a transaction was asked for; see `Store.staged_write`."""
+
+    mode: Mode
+    key: str | None = None
+    meta: dict[str, object] | None = None
+    partitions: tuple[str, ...] | None = None
+    allow_empty: bool = False
+    validate: tuple[Check, ...] = ()
+    keep_old: int = 1
+    lock_timeout: float = 60.0
+    grace: float = 30.0
+
+    def __post_init__(self) -> None:
+        try:
+            check_key(self.key)
+            check_meta(self.meta or {})
+        except ValueError as error:
+            raise InvalidInput(str(error)) from None
+        if self.partitions is not None and self.mode is not Mode.OVERWRITE_PARTITIONS:
+            raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
+        for partition in self.partitions or ():
+            paths.parse(partition)
+        if self.keep_old < 0 or self.lock_timeout < 0 or self.grace < 0:
+            raise InvalidInput("keep_old, lock_timeout and grace are not negative.")
+
+
+class Transaction(Staging):
+    """One block of staged work. Made by `Store.staged_write`, `Store.begin` and `Store.resume`.
+
+    Many tasks may stage at once. `prepare`, `commit` and `rollback` are each idempotent; a finished transaction refuses
+    new writes and closes twice without harm.
+
+    Attributes:
+        id: A string of hexadecimal digits.
+        done: Its key was committed before: writes go nowhere, and the commit does nothing.
+        skipped: Its mode is `ignore` and the target holds something: likewise.
+    """
+
+    def __init__(self, target: Target, options: Options, record: TxRecord, token: str, lease: Lock | None) -> None:
+        super().__init__(target, record.id)
+        self.done = False
+        self.skipped = False
+        self._options = options
+        self._record = record
+        self._token = token
+        self._lease = lease
+        self._phase = Phase.STAGING
+        self._receipt: Receipt | None = None
+        self._deletes: list[str] = []
+        self._attempt = states.new_id()[:8]
+        self._numbers = 0
+        self._sealed = False
+        self._ending = anyio.Lock()
+        self._began = anyio.current_time()
+        self._staged_at = self._began
+
+    # ------------------------------------------------------------------------------------------------------------- begin
+
+    @classmethod
+    async def begin(cls, target: Target, options: Options, owner: str, *, block: bool) -> Transaction:
+        """Take a lease, write the record, and look whether there is anything to do."""
+        driver = target.driver
+        tx, lease = states.new_id(), None
+        if target.store.fence == "lock" and (lease := await driver.lock(f"tx/{tx}/lease")) is None:
+            raise Busy("The lease of a new transaction could not be taken; run again.", transaction=tx)
+        try:
+            head, ledger = await read_both(driver)
+            record = TxRecord(
+                id=tx,
+                owner=owner,
+                mode=options.mode,
+                state=TxState.OPEN,
+                block=block,
+                base=base_of(head, ledger),
+                key=options.key,
+                meta=options.meta or {},
+                partitions=options.partitions,
+                allow_empty=options.allow_empty,
+                keep_old=options.keep_old,
+                nonce=states.new_id(),
+            )
+            token = await swap(driver, record_key(tx), record, None)
+            if token is None:
+                raise StagingError("The record of a new transaction is taken; run again.", transaction=tx, retryable=True)
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+        self = cls(target, options, record, token, lease)
+        self.done = options.key is not None and any(commit.key == options.key for commit in ledger.commits)
+        if not self.done and options.mode in (Mode.ERROR, Mode.IGNORE):
+            await self._or_roll_back(self._look_at_target)
+        self._nowhere = self.done or self.skipped
+        return self
+
+    @classmethod
+    async def resume(cls, target: Target, options: Options, tx: str, owner: str) -> Transaction:
+        """Take over a prepared transaction."""
+        driver = target.driver
+        lease = None
+        if target.store.fence == "lock" and (lease := await driver.lock(f"tx/{tx}/lease")) is None:
+            raise Busy(f"Another live process has transaction {tx}.", transaction=tx)
+        try:
+            found = await read_record(driver, tx)
+            if found is None or found[0].state is not TxState.PREPARED or found[0].manifest is None:
+                if found is None and lease is not None:
+                    await discard(target, tx)
+                raise WrongState(
+                    f"Transaction {tx} is {(await look(target, tx)).state}; only a prepared one can be resumed.", transaction=tx
+                )
+            record = replace(found[0], owner=owner, nonce=states.new_id())
+            token = await swap(driver, record_key(tx), record, found[1])
+            if token is None:
+                raise Busy(f"Another process took transaction {tx} first.", transaction=tx)
+            options = replace(
+                options,
+                mode=record.mode,
+                key=record.key,
+                partitions=record.partitions,
+                allow_empty=record.allow_empty,
+            )
+            self = cls(target, options, record, token, lease)
+            self._entries = {paths.fold(entry.path): entry for entry in await read_manifest(driver, found[0].manifest)}
+            self._deletes = list(record.deletes)
+            self._phase = Phase.PREPARED
+            return self
+        except BaseException:
+            if lease is not None:
+                lease.release()
+            raise
+
+    # ----------------------------------------------------------------------------------------------------------- staging
+
+    async def delete(self, path: str) -> None:
+        """Remove a file of the target with the commit.
+
+        Raises:
+            InvalidInput: This transaction writes that path, or its mode removes it anyway (raised on commit).
+            Conflict: The target has no such file (raised on commit).
+        """
+        self._check_staging()
+        if paths.parse(path) not in self._deletes and not self._nowhere:
+            self._deletes.append(path)
+
+    async def write_table(self, data: object, path: str | None = None, *, overwrite: bool = False) -> None:
+        """Stage one Parquet file of a table.
+
+        Args:
+            data: Anything with `__arrow_c_stream__`: a pyarrow table or reader, a Polars, pandas or DuckDB frame.
+            path: Where; without it a unique name that carries the transaction's id.
+
+        Raises:
+            Unsupported: pyarrow is not installed (extra `arrow`). Else as `write`.
+        """
+        from staged import arrow
+
+        if path is None:
+            path = f"part-{self.id}-{self._numbers:05d}.parquet"
+            self._numbers += 1
+        await arrow.write_table(self, data, path, overwrite)
+
+    async def plan(self) -> Plan:
+        """What a commit would do now; another commit may change it.
+
+        Raises:
+            Conflict, Exists, InvalidInput, StagingError: What the commit would raise now.
+        """
+        work = self._work()
+        planning.check(work, self._target.store)
+        return await commit.make_plan(self._target, self.id, work)
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What is staged so far."""
+        return tuple(self._entries.values())
+
+    # ----------------------------------------------------------------------------------------------------------- the end
+
+    @property
+    def receipt(self) -> Receipt:
+        """What the transaction came to.
+
+        Raises:
+            WrongState: It has not ended.
+        """
+        if self._receipt is None:
+            raise WrongState(f"Transaction {self.id} is {self._phase.value}; there is no receipt yet.", transaction=self.id)
+        return self._receipt
+
+    @property
+    def phase(self) -> Phase:
+        """Where it stands, as this process sees it."""
+        return self._phase
+
+    async def prepare(self) -> None:
+        """Validate, seal and write down what is staged. Then it survives this process, for `Store.resume`.
+
+        Raises:
+            ValidationFailed: A check refused it. It was rolled back.
+            StagingError, InvalidInput, WrongState: It cannot be committed as it is. It was rolled back.
+        """
+        if self._phase is Phase.PREPARED:
+            return
+        await self._or_roll_back(self._validate)
+        await self._to_end(lambda stop: self._or_roll_back(lambda: self._prepare(stop)))
+
+    async def commit(self) -> Receipt:
+        """Make everything visible, all or nothing; returns the receipt. A second call returns it again.
+
+        Raises:
+            StagedError: See `outcome` on it. Whatever left the target untouched was rolled back.
+        """
+        if self._receipt is not None and self._receipt.phase in ("committed", "done", "skipped"):
+            return self._receipt
+        if self._phase is Phase.STAGING:
+            await self._or_roll_back(self._validate)
+        await self._to_end(lambda stop: self._or_roll_back(lambda: self._commit(stop)))
+        return self.receipt
+
+    async def rollback(self) -> None:
+        """Discard everything staged; the target is untouched. Nothing happens where it is rolled back already.
+
+        Raises:
+            WrongState: It was committed, or its end is not known here.
+            StorageError: The store failed; what is left is cleaned up by `recover` or `gc`.
+        """
+        if self._phase is not Phase.ROLLED_BACK:
+            await self._to_end(lambda stop: self._roll_back("rolled_back"))
+
+    async def release(self) -> None:
+        """Leave a prepared transaction for others to resume."""
+        self._phase = advance(self._phase, Phase.RELEASED)
+        self._let_go()
+
+    # ------------------------------------------------------------------------------------------------------ for the above
+
+    def _check_staging(self) -> None:
+        if self._phase is not Phase.STAGING:
+            raise WrongState(
+                f"Transaction {self.id} is {self._phase.value} and takes no more writes.", transaction=self.id
+            )
+
+    def _work(self) -> Work:
+        options = self._options
+        return Work(options.mode, self._entries.values(), tuple(self._deletes), options.partitions, options.allow_empty)
+
+    async def _to_end(self, work: Callable[[Stop], Awaitable[T]]) -> T:
+        stop = Stop()
+
+        async def alone() -> T:
+            async with self._ending:
+                return await work(stop)
+
+        return await run_to_end(alone, grace=self._options.grace, on_cancel=stop.request)
+
+    async def _or_roll_back(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Take a step towards the commit; what fails before the decision is rolled back."""
+        try:
+            await step()
+        except (CommitInDoubt, Fenced):
+            if self._phase not in ENDED:
+                self._end(Phase.IN_DOUBT, None)
+            raise
+        except CommitIncomplete:
+            self._end(Phase.INCOMPLETE, Receipt(self.id, self._options.mode, "committing", key=self._options.key))
+            raise
+        except Exception as error:
+            if self._phase not in ENDED:
+                await self._undo(error)
+            if isinstance(error, StagedError) and error.transaction is None:
+                error.transaction = self.id
+            if isinstance(error, StorageError):
+                raise StagingError(
+                    f"Transaction {self.id} was not committed: {error} The target is untouched.",
+                    transaction=self.id,
+                    retryable=error.retryable,
+                ) from error
+            if not isinstance(error, Stopped):
+                raise
+        except BaseException:
+            # Torn off: the loop ends, or the grace is over. What is durable tells the next one what to do.
+            if self._phase not in ENDED:
+                self._phase = Phase.IN_DOUBT
+            self._let_go()
+            raise
+
+    async def _undo(self, error: Exception) -> None:
+        """After a failure before the decision: what a caller prepared waits for another try, all else is rolled back."""
+        passing = isinstance(error, (Busy, StorageError, Stopped))
+        if self._phase is Phase.COMMITTING and passing and not self._record.block:
+            self._phase = advance(self._phase, Phase.PREPARED)
+            return
+        try:
+            await self._roll_back("rolled_back")
+        except StagedError as failed:
+            error.add_note(f"staged: rolling back transaction {self.id} failed: {failed} recover() or gc() cleans up.")
+
+    async def _look_at_target(self) -> None:
+        """`error` and `ignore` look at begin, and decide again under the head."""
+        self.skipped = (await commit.make_plan(self._target, self.id, Work(self._options.mode, ()))).skipped
+
+    async def _validate(self) -> None:
+        """The caller's checks run in the caller's task: they are the caller's code."""
+        self._check_staging()
+        if self._writing:
+            raise WrongState(f"{min(self._writing)!r} is still being written.", transaction=self.id)
+        self._staged_at = anyio.current_time()
+        if self._nowhere:
+            return
+        for check in self._options.validate:
+            try:
+                checked = check(self.entries)
+                if checked is not None:
+                    await checked
+            except Exception as error:
+                name = getattr(check, "__name__", type(check).__name__)
+                raise ValidationFailed(
+                    f"The check {name!r} refused the staged files: {error} The target is untouched.", transaction=self.id
+                ) from error
+
+    async def _prepare(self, stop: Stop) -> None:
+        self._phase = advance(self._phase, Phase.PREPARING)
+        if self._writing:
+            raise WrongState(f"{min(self._writing)!r} is still being written.", transaction=self.id)
+        driver = self._target.driver
+        if not self._nowhere:
+            planning.check(self._work(), self._target.store)
+            await driver.seal(self.id, self._entries.values())
+            stop.check()
+        manifest = await write_manifest(driver, self.id, self.entries, self._attempt)
+        stop.check()
+        record = replace(
+            self._record,
+            state=TxState.PREPARED,
+            deletes=tuple(self._deletes),
+            manifest=manifest,
+            nonce=states.new_id(),
+        )
+        token = await swap(driver, record_key(self.id), record, self._token)
+        if token is None:
+            raise StagingError(f"Transaction {self.id} was rolled back by another process.", transaction=self.id)
+        self._record, self._token, self._sealed = record, token, True
+        self._phase = advance(self._phase, Phase.PREPARED)
+        entries = self._entries.values()
+        notify(self._target.observers, Prepared(self.id, len(entries), sum(entry.size for entry in entries)))
+
+    async def _commit(self, stop: Stop) -> None:
+        if self._phase is Phase.STAGING:
+            if self._nowhere:
+                await self._roll_back("done" if self.done else "skipped")
+                return
+            await self._prepare(stop)
+        self._phase = advance(self._phase, Phase.COMMITTING)
+        if not self._sealed:
+            await self._target.driver.seal(self.id, self._entries.values())
+        manifest = self._record.manifest
+        assert manifest is not None
+        receipt = await commit.commit(
+            self._target,
+            self._record,
+            self._work(),
+            manifest,
+            timeout=self._options.lock_timeout,
+            stop=stop,
+        )
+        if receipt.phase == "committed":
+            self._end(Phase.COMMITTED, receipt)
+        else:
+            self.done, self.skipped = receipt.phase == "done", receipt.phase == "skipped"
+            await self._roll_back(receipt.phase)
+
+    async def _roll_back(self, why: str) -> None:
+        """Undo what is undecided; find out how it ended where another process was faster."""
+        if self._phase is Phase.ROLLED_BACK:
+            return
+        self._phase = advance(self._phase, Phase.ROLLING_BACK)
+        mode, key = self._options.mode, self._options.key
+        try:
+            outcome = await abort(self._target, self.id, self._record.owner, sole=self._lease is not None)
+        except BaseException:
+            self._end(Phase.IN_DOUBT, None)
+            raise
+        if outcome.state in ("committed", "committing"):
+            self._end(Phase.IN_DOUBT, outcome.receipt)
+            raise Fenced(f"Transaction {self.id} is {outcome.state} by another process.", transaction=self.id)
+        phase = "done" if why == "done" else "skipped" if why == "skipped" else "rolled_back"
+        self._end(Phase.ROLLED_BACK, Receipt(self.id, mode, phase, key=key))
+
+    def _end(self, phase: Phase, receipt: Receipt | None) -> None:
+        self._phase = advance(self._phase, phase)
+        if receipt is not None:
+            now = anyio.current_time()
+            self._receipt = replace(
+                receipt, staging_seconds=self._staged_at - self._began, commit_seconds=now - self._staged_at
+            )
+            notify(self._target.observers, Finished(self.id, self._receipt))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+            self._lease = None
+
+
+class Block:
+    """`async with` around staged work: a clean exit commits, an exception or a cancellation rolls back."""
+
+    def __init__(self, begin: Callable[[], Awaitable[Transaction]]) -> None:
+        self._begin = begin
+        self._transaction: Transaction | None = None
+
+    async def __aenter__(self) -> Transaction:
+        if self._transaction is not None:
+            raise WrongState("A staged_write block is used once; ask the store for another.")
+        self._transaction = await self._begin()
+        return self._transaction
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        if transaction.phase in ENDED:
+            return
+        if error is None:
+            await transaction.commit()
+            return
+        try:
+            await transaction.rollback()
+        except StagedError as failed:
+            error.add_note(f"staged: rolling back transaction {transaction.id} failed: {failed}")

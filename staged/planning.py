@@ -1,0 +1,210 @@
+"""From mode, staged entries and listing to a plan: pure functions, no I/O.
+
+    check(...)    what is wrong whatever the target holds          before the lock
+    scope(...)    what of the target must be known                 under the head
+    make_plan(...) what to publish, to replace and to remove       under the head
+    overlap(...)  whether a commit since the base touched our names
+
+In every mode the plan publishes all that is staged first, and then removes exactly what it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from staged.errors import Conflict, Exists, InvalidInput, StagingError
+from staged.model import Capabilities, Entry, Listed, Mode, Plan
+from staged.paths import RESERVED, fold, parents
+
+__all__ = ["BLIND", "REPLACING", "Scope", "Work", "check", "make_plan", "overlap", "partitions_of", "scope"]
+
+REPLACING = frozenset({Mode.OVERWRITE_PARTITIONS, Mode.FULL_DROP})
+"""Modes in which what is not staged again is removed."""
+
+BLIND = frozenset({Mode.APPEND, Mode.OVERWRITE_FILES})
+"""Modes that keep what they do not name, and so must not undo what was committed since they began."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a transaction wants: everything that a plan depends on, but for the target."""
+
+    mode: Mode
+    entries: Collection[Entry]
+    deletes: tuple[str, ...] = ()
+    partitions: tuple[str, ...] | None = None
+    allow_empty: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What of the target a plan must know: whole directories, and single names."""
+
+    prefixes: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
+    until_first_file: bool = False
+
+
+def check(work: Work, store: Capabilities) -> None:
+    """What is wrong with the staged set whatever the target holds.
+
+    Raises:
+        StagingError: A replacing mode without files, or names that exclude each other.
+        InvalidInput: Deletes or partitions that contradict the mode or the staged files.
+    """
+    if not work.entries and work.mode in REPLACING and not work.allow_empty:
+        raise StagingError(
+            f"Nothing was staged, and mode {work.mode.value!r} would remove what is there. Pass allow_empty=True to mean it."
+        )
+    staged = {entry.path for entry in work.entries}
+    if store.nests:
+        for directory in _directories(staged):
+            if directory in staged:
+                raise StagingError(f"{directory!r} is staged as a file, and as a directory by what is staged below it.")
+    replaced = partitions_of(work)
+    for path in work.deletes:
+        if path in staged:
+            raise InvalidInput(f"{path!r} is both written and deleted by this transaction.")
+        if work.mode is Mode.FULL_DROP:
+            raise InvalidInput(f"{path!r} needs no delete: mode 'full_drop' removes everything that is not staged.")
+        if any(_is_below(path, partition) for partition in replaced):
+            raise InvalidInput(f"{path!r} needs no delete: its partition is replaced.")
+
+
+def partitions_of(work: Work) -> tuple[str, ...]:
+    """The directories that `overwrite_partitions` replaces; none for other modes.
+
+    Raises:
+        InvalidInput: A file lies outside every partition, or partitions lie in one another.
+    """
+    if work.mode is not Mode.OVERWRITE_PARTITIONS:
+        return ()
+    received = {entry.path.rpartition("/")[0] for entry in work.entries}
+    if "" in received:
+        raise InvalidInput("Mode 'overwrite_partitions' takes no files at the root: each must lie in a partition's directory.")
+    chosen = sorted(received if work.partitions is None else set(work.partitions))
+    known = set(chosen)
+    for partition in chosen:
+        for above in parents(partition):
+            if above in known:
+                raise InvalidInput(f"The partition {partition!r} lies inside the partition {above!r}.")
+    for directory in received:
+        if directory not in known and known.isdisjoint(parents(directory)):
+            raise InvalidInput(f"Files were staged in {directory!r}, outside the partitions that were named.")
+    return tuple(chosen)
+
+
+def scope(work: Work) -> Scope:
+    """What of the target the plan of this work must know."""
+    if work.mode is Mode.FULL_DROP:
+        return Scope(prefixes=("",))
+    if work.mode in (Mode.ERROR, Mode.IGNORE):
+        return Scope(prefixes=("",), until_first_file=True)
+    partitions = partitions_of(work)
+    names = set(work.deletes)
+    if work.mode in BLIND:
+        names.update(entry.path for entry in work.entries)
+        names |= _directories(names)
+    names.update(above for partition in partitions for above in (partition, *parents(partition)))
+    return Scope(prefixes=partitions, names=frozenset(names))
+
+
+def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Plan:
+    """What a commit of this work does to a target that holds what was listed in its scope.
+
+    Raises:
+        Exists: A name to add is taken; mode `error` and the target is not empty.
+        Conflict: A file stands where a directory must be, or the other way round; a file to delete is not there; the plan
+            would cover another target's control area.
+    """
+    key: Callable[[str], str] = fold if store.folds else str
+    found = {key(listed.path): listed for listed in listing}
+    if work.mode in (Mode.ERROR, Mode.IGNORE):
+        held = next((listed for listed in found.values() if not listed.is_dir), None)
+        if held is not None and work.mode is Mode.IGNORE:
+            return Plan(skipped=True)
+        if held is not None:
+            raise Exists(f"The target is not empty: it holds {held.path!r}. Mode 'error' changes nothing then.")
+    partitions = partitions_of(work)
+    removable = _removable(work, found.values(), partitions, key)
+    if store.nests:
+        _check_nesting(work, found, key)
+    replaces: dict[str, str] = {}
+    for entry in work.entries:
+        namesake = found.get(key(entry.path))
+        if namesake is None:
+            continue
+        if namesake.is_dir:
+            raise Conflict(f"{entry.path!r} is a directory in the target; a file cannot take its name.", retryable=False)
+        if work.mode not in (*REPLACING, Mode.OVERWRITE_FILES):
+            raise Exists(f"{entry.path!r} exists in the target; mode {work.mode.value!r} only adds new names.")
+        replaces[entry.path] = namesake.identity
+        removable.pop(key(entry.path), None)
+    return Plan(publish=tuple(work.entries), replaces=replaces, remove=tuple(removable.values()))
+
+
+def _removable(
+    work: Work, found: Collection[Listed], partitions: tuple[str, ...], key: Callable[[str], str]
+) -> dict[str, Listed]:
+    """Everything that the plan removes unless a staged file takes its name."""
+    deletes = {key(path): path for path in work.deletes}
+    folded = {key(partition) for partition in partitions}
+    removable: dict[str, Listed] = {}
+    for listed in found:
+        name = key(listed.path)
+        covered = work.mode is Mode.FULL_DROP or not folded.isdisjoint(parents(name))
+        if covered and RESERVED in listed.path.split("/"):
+            raise Conflict(
+                f"The target holds {listed.path!r}, the control area of another target. Replacing this one would destroy "
+                "it; replace that target through its own store, or remove its control area.",
+                retryable=False,
+            )
+        if listed.is_dir:
+            continue
+        if covered or name in deletes:
+            removable[name] = listed
+            deletes.pop(name, None)
+    if deletes:
+        raise Conflict(f"{next(iter(deletes.values()))!r} is to be deleted, but the target has no such file.")
+    return removable
+
+
+def _check_nesting(work: Work, found: dict[str, Listed], key: Callable[[str], str]) -> None:
+    for directory in _directories(entry.path for entry in work.entries):
+        at = found.get(key(directory))
+        if at is not None and not at.is_dir:
+            raise Conflict(f"{at.path!r} is a file in the target; files cannot be staged below it.", retryable=False)
+
+
+def overlap(work: Work, store: Capabilities, touched: Collection[str], *, whole: bool) -> str | None:
+    """A name that a commit since our base touched and that we write or delete; None where we may follow it.
+
+    Args:
+        touched: The names that it wrote or removed.
+        whole: It replaced the whole target, so that any name may have been removed.
+    """
+    if work.mode not in BLIND and not store.strict_overlap:
+        return None
+    key: Callable[[str], str] = fold if store.folds else str
+    ours = {key(entry.path): entry.path for entry in work.entries}
+    ours.update((key(path), path) for path in work.deletes)
+    if whole and ours and work.mode is not Mode.APPEND:
+        return next(iter(ours.values()))
+    return next((ours[name] for name in map(key, touched) if name in ours), None)
+
+
+def _directories(names: Iterable[str]) -> set[str]:
+    """Every directory above one of these names."""
+    above: set[str] = set()
+    for leaf in {name.rpartition("/")[0] for name in names}:
+        if leaf and leaf not in above:
+            above.add(leaf)
+            above.update(parents(leaf))
+    return above
+
+
+def _is_below(path: str, directory: str) -> bool:
+    return path.startswith(directory + "/")
+
+

@@ -1,0 +1,193 @@
+"""Strict encoding of everything in the control area.
+
+A record is one line of header and one of JSON:
+
+    staged 1 head 0f4c…(sha256 of the second line)
+    {"epoch":7,"state":"free",…}
+
+Whoever reads one trusts nothing: the magic word, the version, the kind and the digest must be right, the JSON must have
+exactly the declared fields in the written form, and every path in it passes the same parser as a user's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from staged import paths
+from staged.errors import DamagedRecord, StagedError
+from staged.model import Entry, Head, Ledger, Listed, Outcome, PlanPart, TxRecord
+
+__all__ = [
+    "MAX_KEY",
+    "MAX_META",
+    "MAX_RECORD",
+    "HandlesPart",
+    "ManifestPart",
+    "check_key",
+    "check_meta",
+    "decode",
+    "digest_of",
+    "encode",
+    "is_id",
+]
+
+VERSION = 1
+MAX_RECORD = 64 * 1024
+"""Bytes of a record that is swapped; immutable segments may be larger."""
+MAX_KEY = 256
+"""Characters of a transaction's key."""
+MAX_META = 16 * 1024
+"""Bytes of the merged meta as JSON."""
+
+_ID = re.compile(r"[0-9a-f]{24}")
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestPart:
+    """One segment of what a transaction staged."""
+
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HandlesPart:
+    """Handles made durable before their first byte, so that whoever cleans up can find what was orphaned."""
+
+    handles: tuple[str, ...]
+
+
+_KINDS: dict[type, str] = {
+    Head: "head",
+    Ledger: "ledger",
+    TxRecord: "transaction",
+    PlanPart: "plan",
+    ManifestPart: "manifest",
+    HandlesPart: "handles",
+    Outcome: "outcome",
+}
+
+T = TypeVar("T")
+
+
+def is_id(text: str) -> bool:
+    """Whether this is a transaction's id: only what can be parsed is ever collected."""
+    return _ID.fullmatch(text) is not None
+
+
+def digest_of(bodies: list[bytes]) -> str:
+    """One digest over the segments of a value, in order."""
+    whole = hashlib.sha256()
+    for body in bodies:
+        whole.update(hashlib.sha256(body).digest())
+    return whole.hexdigest()
+
+
+def encode(value: object) -> bytes:
+    """A record as bytes."""
+    text = msgspec.json.encode(value)
+    return f"staged {VERSION} {_KINDS[type(value)]} {hashlib.sha256(text).hexdigest()}\n".encode() + text + b"\n"
+
+
+def decode(kind: type[T], body: bytes, key: str) -> T:
+    """A record from bytes.
+
+    Args:
+        kind: What it must be.
+        body: Its bytes.
+        key: Its name in the control area, for the message.
+
+    Raises:
+        DamagedRecord: It is damaged, of another kind, from a newer version, or holds what was never written.
+    """
+    header, newline, text = body.partition(b"\n")
+    words = header.split(b" ")
+    if not newline or len(words) != 4 or words[0] != b"staged" or not words[1].isdigit():
+        raise DamagedRecord(f"The control record {key!r} is not one of ours, or is truncated. Nothing was done with it.")
+    if int(words[1]) > VERSION:
+        raise DamagedRecord(
+            f"The control record {key!r} has version {int(words[1])}; this is version {VERSION}. Upgrade `staged`."
+        )
+    if words[2].decode(errors="replace") != _KINDS[kind]:
+        raise DamagedRecord(f"The control record {key!r} is of another kind: {words[2]!r}, not {_KINDS[kind]!r}.")
+    if not text.endswith(b"\n") or hashlib.sha256(text[:-1]).hexdigest().encode() != words[3]:
+        raise DamagedRecord(f"The control record {key!r} is damaged: its digest does not fit.")
+    try:
+        value = msgspec.json.decode(text[:-1], type=kind)
+        # Written in exactly one form: an unknown, doubled or reordered field does not survive the way back.
+        if msgspec.json.encode(value) != text[:-1]:
+            raise DamagedRecord(f"The control record {key!r} is not in the form that it is written in.")
+        _check(value)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise DamagedRecord(f"The control record {key!r} cannot be decoded: {error}") from error
+    except StagedError as error:
+        if isinstance(error, DamagedRecord):
+            raise
+        raise DamagedRecord(f"The control record {key!r} names what cannot be: {error}") from error
+    return value
+
+
+def check_key(key: str | None) -> None:
+    """Raise `ValueError` for a key that is empty or over 256 characters."""
+    if key is not None and not 0 < len(key) <= MAX_KEY:
+        raise ValueError(f"A key has 1 to {MAX_KEY} characters.")
+
+
+def check_meta(meta: dict[str, object]) -> None:
+    """Raise `ValueError` for a meta that JSON cannot carry as it is, or that is over 16 KiB."""
+    try:
+        text = msgspec.json.encode(meta)
+    except (TypeError, msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(f"The meta cannot be written as JSON: {error}") from error
+    if len(text) > MAX_META:
+        raise ValueError(f"The meta has {len(text)} bytes as JSON; it may have {MAX_META}.")
+    if msgspec.json.decode(text) != meta:
+        raise ValueError("The meta does not survive JSON: use strings, numbers, booleans, None, lists and dicts.")
+
+
+def _check(value: object) -> None:
+    """Every id and path in a record is parsed as if a stranger had written it."""
+    if isinstance(value, ManifestPart):
+        for entry in value.entries:
+            _check_entry(entry)
+    elif isinstance(value, PlanPart):
+        for path in value.replaces:
+            paths.parse(path)
+        for listed in value.remove:
+            _check_listed(listed)
+        if value.header is not None:
+            _check_id(value.header.transaction)
+    elif isinstance(value, TxRecord):
+        _check_id(value.id)
+        for path in (*value.deletes, *(value.partitions or ())):
+            paths.parse(path)
+    elif isinstance(value, Head):
+        if value.transaction is not None:
+            _check_id(value.transaction)
+    elif isinstance(value, Ledger):
+        for commit in value.commits:
+            _check_id(commit.transaction)
+    elif isinstance(value, Outcome):
+        _check_id(value.id)
+
+
+def _check_id(text: str) -> None:
+    if not is_id(text):
+        raise DamagedRecord(f"{text!r} is not the id of a transaction.")
+
+
+def _check_entry(entry: Entry) -> None:
+    paths.parse(entry.path)
+    if entry.size < 0:
+        raise DamagedRecord(f"{entry.path!r} has the size {entry.size}.")
+
+
+def _check_listed(listed: Listed) -> None:
+    # What a listing found may have a name that we would not write; it must still not lead out of the target.
+    parts = listed.path.split("/")
+    if any(part in ("", ".", "..") for part in parts) or "\0" in listed.path or paths.RESERVED in parts:
+        raise DamagedRecord(f"{listed.path!r} leads out of the target, or into a control area.")

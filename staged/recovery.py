@@ -1,0 +1,149 @@
+"""Finish or undo what a dead process left; collect what is old.
+
+Who may do what: anybody may complete what was decided. What was not decided is rolled back by its owner, by whoever proves
+its owner dead (the operating system's lock), or by `gc` once it is old. What a caller prepared waits for a caller.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from staged import states
+from staged.commit import Stop, discard, look, settle
+from staged.control import Target, outcome_key, read_head, read_outcome, read_record, record_key, swap
+from staged.driver import Lock
+from staged.errors import Busy
+from staged.model import HeadState, Outcome, Receipt, Recovered, Resolve, TxState
+from staged.records import encode, is_id
+
+__all__ = ["abort", "collect", "recover"]
+
+
+async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
+    """Roll an undecided transaction back, or find how it ended.
+
+    The order is the proof: the record's token first, then the head, then the outcome, then ABORTED by a swap of that token.
+    Since an acquirer stamps the record, a swap that succeeds says that nobody acquired meanwhile, and that nobody will.
+
+    Args:
+        sole: Nobody else can be at work on it, so that an ABORTED found there may be completed.
+    """
+    while True:
+        found = await read_record(target.driver, tx)
+        if found is None:
+            return await look(target, tx)
+        record, token = found
+        head, _ = await read_head(target.driver)
+        if head.transaction == tx and head.state is HeadState.COMMITTED:
+            return Outcome(tx, "committing", epoch=head.epoch)
+        if head.transaction == tx:
+            await settle(target, owner, None, 0.0, Stop())
+            continue
+        ended = await read_outcome(target.driver, tx)
+        if ended is not None and ended.state == "committed":
+            return ended
+        if record.state is TxState.ABORTED:
+            if not sole:
+                return Outcome(tx, "rolled_back")
+        elif await swap(
+            target.driver, record_key(tx), replace(record, state=TxState.ABORTED, nonce=states.new_id()), token
+        ) is None:
+            continue
+        outcome = Outcome(tx, "rolled_back", Receipt(tx, record.mode, "rolled_back", key=record.key))
+        await target.driver.put_segment(outcome_key(tx), encode(outcome))
+        await discard(target, tx, log=True)
+        return outcome
+
+
+async def recover(
+    target: Target, owner: str, *, resolve: Resolve | None = None, older_than: float | None = None
+) -> Recovered:
+    """Complete what was decided, roll back what nobody alive owns, leave the rest alone.
+
+    Args:
+        older_than: Seconds of silence after which an undecided transaction is rolled back, whoever it belongs to and
+            however it was prepared, unless a lock shows it alive.
+
+    Raises:
+        CommitBlocked: A decided commit is blocked, and `resolve` does not say what to do.
+    """
+    alive: list[str] = []
+    finished: list[str] = []
+    try:
+        # A live holder is not waited for; where death is told by silence, a period of it must be.
+        wait = 0.0 if target.store.fence == "lock" else 2 * target.store.period
+        done = await settle(target, owner, resolve, wait, Stop())
+        finished += [done] if done else []
+    except Busy:
+        head, _ = await read_head(target.driver)
+        alive += [head.transaction] if head.transaction else []
+    rolled_back: list[str] = []
+    prepared: list[str] = []
+    for tx in sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")}):
+        if not is_id(tx) or tx in alive:
+            continue
+        lock = await target.driver.lock(f"tx/{tx}/lease") if target.store.fence == "lock" else None
+        if lock is None and target.store.fence == "lock":
+            alive.append(tx)
+            continue
+        try:
+            fate = await _recover_one(target, tx, owner, lock, older_than)
+        finally:
+            if lock is not None:
+                lock.release()
+        if fate is not None:
+            {"rolled_back": rolled_back, "prepared": prepared, "committed": finished}.get(fate, alive).append(tx)
+    return Recovered(tuple(dict.fromkeys(finished)), tuple(rolled_back), tuple(prepared), tuple(alive))
+
+
+async def _recover_one(target: Target, tx: str, owner: str, lock: Lock | None, older_than: float | None) -> str | None:
+    """What became of one transaction; None where only a trace of it was cleaned up."""
+    found = await read_record(target.driver, tx)
+    outcome = await read_outcome(target.driver, tx)
+    if outcome is not None and outcome.state == "committed":
+        await discard(target, tx)
+        return "committed"
+    old = older_than is not None and await _is_older(target, record_key(tx), older_than)
+    if found is None:
+        # It died between its lease and its record, or in the last step of its clean-up.
+        if lock is not None or older_than is not None:
+            await discard(target, tx, log=outcome is None)
+        return None
+    record = found[0]
+    dead = lock is not None and (record.block or record.state is not TxState.PREPARED)
+    if not dead and not old:
+        return "prepared" if record.state is TxState.PREPARED and not record.block else "alive"
+    return (await abort(target, tx, owner, sole=True)).state
+
+
+async def collect(target: Target, older_than: float) -> int:
+    """Delete old outcomes with their manifests and plans, superseded ledgers and old trees; the number of deletions."""
+    driver = target.driver
+    head, _ = await read_head(driver)
+    doomed: list[str] = []
+    logs: dict[str, list[str]] = {}
+    for key in await driver.list_control("log/"):
+        logs.setdefault(key.split("/")[1], []).append(key)
+    outcomes = {key.split("/")[1] for key in await driver.list_control("outcome/")}
+    for tx in sorted(logs.keys() | outcomes):
+        # A live transaction has a record; one that ended wrote its outcome before its record went.
+        if not is_id(tx) or await read_record(driver, tx) is not None:
+            continue
+        ended = await read_outcome(driver, tx) is not None
+        if await _is_older(target, outcome_key(tx) if ended else logs[tx][0], older_than):
+            doomed += [*logs.get(tx, ()), outcome_key(tx)]
+    # Nobody writes a ledger of an epoch that is over.
+    over = head.epoch if head.state is HeadState.FREE else head.epoch - 1
+    for key in await driver.list_control("ledger-"):
+        ledger, _, _ = key.rpartition("-")
+        epoch = ledger.removeprefix("ledger-")
+        superseded = head.ledger is None or ledger != head.ledger.key
+        if epoch.isdigit() and int(epoch) <= over and superseded and await _is_older(target, key, older_than):
+            doomed.append(key)
+    await driver.delete_control(doomed)
+    return len(doomed) + await driver.trim(0, older_than)
+
+
+async def _is_older(target: Target, key: str, seconds: float) -> bool:
+    age = await target.driver.age(key)
+    return age is not None and age >= seconds

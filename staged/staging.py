@@ -1,0 +1,341 @@
+"""Writing into staging: bytes, files and streams, by many tasks at once, with no lock on the target.
+
+Each transaction has its own staging; nobody sees it. A write that fails leaves nothing of itself, and what the same path
+staged before stays. A write into a transaction that is done or skipped is checked, consumed and goes nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Protocol
+
+import anyio
+from anyio import to_thread
+
+from staged import paths
+from staged.control import Target
+from staged.driver import Writer
+from staged.errors import InvalidInput, StagedError, StagingError, StorageError, WrongState
+from staged.model import Entry, Staged
+from staged.observers import notify
+from staged.records import HandlesPart, encode
+
+__all__ = ["AsyncReadable", "Buffer", "StagedFile", "Staging"]
+
+Buffer = bytes | bytearray | memoryview
+_CHUNK = 1 << 20
+
+
+class AsyncReadable(Protocol):
+    """An open asynchronous file, such as anyio's or aiofiles'."""
+
+    def read(self, size: int, /) -> Awaitable[bytes]: ...
+
+
+class StagedFile:
+    """One staged file being written; a clean exit of its block stages it, an exception leaves nothing of it."""
+
+    def __init__(self, staging: Staging, path: str, overwrite: bool) -> None:
+        self._staging = staging
+        self._path = path
+        self._overwrite = overwrite
+        self._writer: Writer | None = None
+        self._size = 0
+
+    async def write(self, data: Buffer) -> int:
+        """Add bytes; returns how many.
+
+        Raises:
+            StagingError: The store failed; the target is untouched.
+        """
+        if self._writer is None:
+            raise WrongState(f"{self._path!r} is not open.")
+        with self._staging._errors(self._path):
+            await self._writer.write(data)
+        self._size += len(data)
+        return len(data)
+
+    async def __aenter__(self) -> StagedFile:
+        self._staging._open(self._path, self._overwrite)
+        try:
+            with self._staging._errors(self._path):
+                self._writer = await self._staging._stage(self._path)
+        except BaseException:
+            self._staging._close(self._path)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        writer, self._writer = self._writer, None
+        assert writer is not None
+        try:
+            if error is None:
+                try:
+                    with self._staging._errors(self._path):
+                        entry = await writer.close()
+                except BaseException:
+                    await _abort(writer)
+                    raise
+                await self._staging._add(entry)
+            else:
+                await _abort(writer)
+        finally:
+            self._staging._close(self._path)
+
+
+class Staging:
+    """The staging half of a transaction.
+
+    Attributes:
+        id: The transaction's id, a string of hexadecimal digits.
+    """
+
+    def __init__(self, target: Target, tx: str) -> None:
+        self.id = tx
+        self._target = target
+        self._entries: dict[str, Entry] = {}  # by folded path, so that twins are seen
+        self._writing: set[str] = set()
+        self._nowhere = False
+        self._handles = 0
+        self._unlogged: list[str] = []
+        self._logging = anyio.Lock()
+
+    # ------------------------------------------------------------------------------------------------------- public verbs
+
+    async def write(self, path: str, data: Buffer | str, *, overwrite: bool = False) -> None:
+        """Stage one file of these bytes, or of this text as UTF-8.
+
+        Args:
+            path: Relative to the target; see `staged.paths.parse`.
+            data: Its whole content.
+            overwrite: Replace what this transaction staged at that path before.
+
+        Raises:
+            InvalidPath: The path is not one that every store takes, or is a case or Unicode twin of another.
+            WrongState: The path is staged or being written already, or the transaction is past staging.
+            StagingError: The store failed; the target is untouched.
+        """
+        async with self.open(path, overwrite=overwrite) as file:
+            await file.write(data.encode() if isinstance(data, str) else data)
+
+    async def put_file(self, path: str, *, source: str | os.PathLike[str], overwrite: bool = False) -> None:
+        """Stage a copy of a local file. Raises as `write` does, and what opening the source raises."""
+        async with await anyio.open_file(source, "rb") as file:
+            await self.put_stream(path, file, overwrite=overwrite)
+
+    async def put_stream(
+        self, path: str, chunks: AsyncIterable[Buffer] | AsyncReadable, *, overwrite: bool = False
+    ) -> None:
+        """Stage what an asynchronous iterable of bytes yields, or what an open asynchronous file (anyio's, aiofiles')
+        still has to read. Raises as `write` does, and whatever the source raises."""
+        async with self.open(path, overwrite=overwrite) as file:
+            async for chunk in _chunks(chunks):
+                await file.write(chunk)
+
+    def open(self, path: str, *, overwrite: bool = False) -> StagedFile:
+        """A file to write into: `async with tx.open("a.bin") as f: await f.write(…)`. Raises as `write` does."""
+        return StagedFile(self, paths.parse(path), overwrite)
+
+    @asynccontextmanager
+    async def path(self, path: str, *, overwrite: bool = False, rows: int | None = None) -> AsyncIterator[str]:
+        """A real path, its parents made, for a library that writes to paths.
+
+        A clean exit stages what is there; an exception discards it. The library must have closed the file by then: a
+        writer that goes on would change what was sealed.
+
+        Args:
+            rows: The rows of the file, for the receipt.
+
+        Raises:
+            StagingError: No file was written there, or the store failed. Else as `write`.
+        """
+        parsed = paths.parse(path)
+        self._open(parsed, overwrite)
+        try:
+            async with self._scratch(parsed) as (root, moves):
+                local = os.path.join(root, *parsed.split("/"))
+                await to_thread.run_sync(lambda: os.makedirs(os.path.dirname(local), exist_ok=True))
+                yield local
+                if not await to_thread.run_sync(os.path.isfile, local):
+                    raise StagingError(f"No file was written for {parsed!r}.", transaction=self.id)
+                await self._adopt(root, moves, [parsed], rows)
+        finally:
+            self._close(parsed)
+
+    @asynccontextmanager
+    async def dir(self, prefix: str = "", *, overwrite: bool = False) -> AsyncIterator[str]:
+        """A real directory for a library that writes many files: each becomes a staged file below `prefix`.
+
+        A clean exit stages what is there; an exception discards it. Raises as `path` does, then for each file found; an
+        empty directory stages nothing.
+        """
+        async with self._scratch(prefix) as (root, moves):
+            local = os.path.join(root, *paths.parse_prefix(prefix).split("/")) if prefix else root
+            await to_thread.run_sync(lambda: os.makedirs(local, exist_ok=True))
+            yield local
+            found = [paths.parse(path) for path in await to_thread.run_sync(_walk, root)]
+            opened: list[str] = []
+            try:
+                for path in found:
+                    self._open(path, overwrite)
+                    opened.append(path)
+                await self._adopt(root, moves, found, None)
+            finally:
+                for path in opened:
+                    self._close(path)
+
+    # ------------------------------------------------------------------------------------------------------ for the above
+
+    def _check_staging(self) -> None:
+        """Raise `WrongState` unless the transaction still takes writes."""
+
+    def _open(self, path: str, overwrite: bool) -> None:
+        self._check_staging()
+        folded = paths.fold(path)
+        if folded in self._writing:
+            raise WrongState(f"{path!r} is being written by another task of transaction {self.id}.", transaction=self.id)
+        there = self._entries.get(folded)
+        if there is not None and there.path != path:
+            raise paths.InvalidPath(
+                f"{path!r} differs from the staged {there.path!r} in case or Unicode form only.", transaction=self.id
+            )
+        if there is not None and not overwrite:
+            raise WrongState(
+                f"{path!r} is staged already by transaction {self.id}; pass overwrite=True to replace it.", transaction=self.id
+            )
+        self._writing.add(folded)
+
+    def _close(self, path: str) -> None:
+        self._writing.discard(paths.fold(path))
+
+    async def _stage(self, path: str) -> Writer:
+        return _Nowhere(path) if self._nowhere else await self._target.driver.stage(self.id, path, self._log)
+
+    async def _add(self, entry: Entry) -> None:
+        if self._nowhere:
+            return
+        folded = paths.fold(entry.path)
+        replaced = self._entries.get(folded)
+        self._entries[folded] = entry
+        if replaced is not None and replaced.handle != entry.handle:
+            await self._target.driver.discard(self.id, [replaced.handle], whole=False)
+        notify(self._target.observers, Staged(self.id, entry))
+
+    async def _log(self, handle: str) -> None:
+        """Make a handle durable; handles that arrive while one segment is being written share the next."""
+        self._unlogged.append(handle)
+        async with self._logging:
+            if handle not in self._unlogged:
+                return
+            handles, self._unlogged = self._unlogged, []
+            try:
+                name = f"tx/{self.id}/handles-{self._handles}"
+                self._handles += 1
+                await self._target.driver.put_segment(name, encode(HandlesPart(tuple(handles))))
+            except BaseException:
+                # The others in this segment write it again under a name of its own.
+                self._unlogged = [*handles, *self._unlogged]
+                raise
+
+    @asynccontextmanager
+    async def _scratch(self, path: str) -> AsyncIterator[tuple[str, bool]]:
+        """A fresh directory that is gone afterwards, and whether the store can move files out of it without copying."""
+        self._check_staging()
+        with self._errors(path):
+            own = None if self._nowhere else await self._target.driver.scratch(self.id)
+        root = own or await to_thread.run_sync(tempfile.mkdtemp, "", "staged-")
+        try:
+            yield root, own is not None
+        finally:
+            with anyio.CancelScope(shield=True):
+                await to_thread.run_sync(lambda: shutil.rmtree(root, ignore_errors=True))
+
+    async def _adopt(self, root: str, moves: bool, found: list[str], rows: int | None) -> None:
+        """Stage files of a scratch directory."""
+        if self._nowhere or not found:
+            return
+        if moves:
+            with self._errors(found[0]):
+                entries = await self._target.driver.adopt(self.id, root, found)
+        else:
+            entries = [await self._upload(path, os.path.join(root, *path.split("/"))) for path in found]
+        for entry in entries:
+            await self._add(entry if rows is None else replace(entry, rows=rows))
+
+    async def _upload(self, path: str, local: str) -> Entry:
+        with self._errors(path):
+            writer = await self._stage(path)
+            try:
+                async with await anyio.open_file(local, "rb") as file:
+                    while data := await file.read(_CHUNK):
+                        await writer.write(data)
+                return await writer.close()
+            except BaseException:
+                await _abort(writer)
+                raise
+
+    @contextmanager
+    def _errors(self, path: str) -> Iterator[None]:
+        """A store that fails while staging leaves the target untouched, and the error says so."""
+        try:
+            yield
+        except StorageError as error:
+            raise StagingError(
+                f"{path!r} could not be staged: {error} The target is untouched.",
+                transaction=self.id,
+                retryable=error.retryable,
+            ) from error
+
+
+class _Nowhere:
+    """Takes the writes of a transaction that is done or skipped."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    async def write(self, data: Buffer) -> None:
+        pass
+
+    async def close(self) -> Entry:
+        return Entry(self._path, 0, "", "")
+
+    async def abort(self) -> None:
+        pass
+
+
+async def _abort(writer: Writer) -> None:
+    """Leave nothing of a write that failed; what cannot be removed now goes with the transaction's staging."""
+    with anyio.CancelScope(shield=True):
+        try:
+            await writer.abort()
+        except StagedError:
+            pass
+
+
+async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterator[Buffer]:
+    # An open file is asked for blocks: iterating it would split it into lines.
+    if (reader := getattr(source, "read", None)) is not None:
+        while data := await reader(_CHUNK):
+            yield data
+    elif isinstance(source, AsyncIterable):
+        async for chunk in source:
+            yield chunk
+    else:
+        raise InvalidInput(f"{type(source).__name__} is neither an asynchronous iterable nor an open asynchronous file.")
+
+
+def _walk(root: str) -> list[str]:
+    """Every file below a directory, as relative POSIX paths. Symbolic links are not followed, and refused by `adopt`."""
+    found: list[str] = []
+    for directory, _, files in os.walk(root):
+        relative = os.path.relpath(directory, root).replace(os.sep, "/")
+        found += files if relative == "." else [f"{relative}/{name}" for name in files]
+    return sorted(found)

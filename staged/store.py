@@ -1,0 +1,350 @@
+"""What a user opens: one target on one backend."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+
+import anyio
+
+from staged import paths, states
+from staged._waitout import run_to_end
+from staged.commit import look
+from staged.control import Target, read_both, read_record, record_key
+from staged.driver import Driver
+from staged.errors import InvalidInput, StagedError, Unsupported, WrongState
+from staged.lifecycle import Block, Check, Options, Transaction
+from staged.model import (
+    Capabilities,
+    Guarantee,
+    HeadState,
+    Mode,
+    Outcome,
+    Recovered,
+    Resolve,
+    Status,
+    TransactionStatus,
+)
+from staged.observers import Observer
+from staged.records import is_id
+from staged.recovery import collect, recover
+from staged.states import ENDED, Phase
+
+__all__ = ["Store", "open_store"]
+
+# Scheme of a URL -> module and class of its driver, loaded on use.
+_DRIVERS = {
+    "": ("staged.drivers.local", "LocalDriver"),
+    "file": ("staged.drivers.local", "LocalDriver"),
+    "memory": ("staged.drivers.memory", "MemoryDriver"),
+}
+
+
+def open_store(
+    target: str | os.PathLike[str] | Driver, *, observers: Sequence[Observer] = (), **options: object
+) -> Store:
+    """Open a store; this writes and probes nothing.
+
+    Args:
+        target: A directory (`/lake/flights`, `file:///lake/flights`), another backend's URL, or a driver.
+        observers: Called with each event; see `staged.model.Event`.
+        options: The driver's own, checked by name: `durability="full"` or `"none"`, `staging=` (local).
+
+    Returns:
+        A store; close it with `async with` or `aclose`.
+
+    Raises:
+        InvalidInput: The URL or an option is wrong.
+        Unsupported: There is no driver for the URL.
+    """
+    if isinstance(target, Driver):
+        if options:
+            raise InvalidInput(f"A driver is configured already; {', '.join(options)} cannot be passed with it.")
+        return Store(target, observers)
+    text = os.fspath(target)
+    scheme, found, rest = text.partition("://")
+    if not found or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+        scheme, rest = "", text
+    if scheme not in _DRIVERS:
+        raise Unsupported(f"There is no driver for {scheme}:// URLs; there are drivers for {', '.join(filter(None, _DRIVERS))}.")
+    module, name = _DRIVERS[scheme]
+    driver_class = getattr(importlib.import_module(module), name)
+    try:
+        return Store(driver_class(rest, **options), observers)
+    except TypeError as error:
+        raise InvalidInput(f"{name}: {error}") from error
+
+
+class Store:
+    """One target on one backend. Safe for many tasks at once, and for many processes."""
+
+    def __init__(self, driver: Driver, observers: Sequence[Observer] = ()) -> None:
+        self._driver = driver
+        self._observers = tuple(observers)
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{states.new_id()}"
+        self._target: Target | None = None
+        self._open: set[Transaction] = set()
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<staged.Store {self.url}>"
+
+    @property
+    def url(self) -> str:
+        """The target, without any secret."""
+        return self._driver.url
+
+    # ----------------------------------------------------------------------------------------------------- transactions
+
+    def staged_write(
+        self,
+        mode: Mode | str,
+        *,
+        key: str | None = None,
+        meta: dict[str, object] | None = None,
+        partitions: Iterable[str] | None = None,
+        allow_empty: bool = False,
+        validate: Iterable[Check] = (),
+        require: Iterable[Guarantee] = (),
+        keep_old: int = 1,
+        lock_timeout: float = 60.0,
+        grace: float = 30.0,
+    ) -> Block:
+        """A block of staged work: `async with store.staged_write("full_drop") as tx:`.
+
+        A clean exit commits; an exception, a cancellation or a crash leaves the target as it was. Until the decision,
+        readers see the old set; what they see of the change itself is the store's guarantee for the mode.
+
+        Args:
+            mode: `append` (new names only), `error` (the target must be empty), `ignore` (nothing is written where the
+                target holds something), `overwrite_files` (staged names replace their namesakes), `overwrite_partitions`
+                (each partition is replaced) or `full_drop`, also called `overwrite` (the staged set becomes the whole
+                target).
+            key: Names the work, at most 256 characters. A key that is among the last 1,000 committed makes the block do
+                nothing; then `tx.done` is true.
+            meta: Small facts, committed with the data and merged into `store.meta()`; at most 16 KiB in all.
+            partitions: The directories to replace, for `overwrite_partitions`; one without files is emptied. By default
+                the directories that received files.
+            allow_empty: Let a replacing mode remove everything with nothing staged in its place.
+            validate: Checks over the staged entries, before the lock; each may be async, and refuses by raising.
+            require: Guarantees without which nothing is begun.
+            keep_old: How many swapped-out trees stay for those who still read them.
+            lock_timeout: Seconds to wait for another writer's commit.
+            grace: Seconds for which a cancellation waits for a commit that is decided.
+
+        Raises:
+            InvalidInput: An argument is wrong.
+            Unsupported: The store cannot give what `require` asks (on entering).
+            StagedError: On leaving; see `outcome` on it.
+        """
+        options = _options(mode, key, meta, partitions, allow_empty, validate, keep_old, lock_timeout, grace)
+        return Block(lambda: self._begin(options, tuple(require), block=True))
+
+    async def begin(
+        self,
+        mode: Mode | str,
+        *,
+        key: str | None = None,
+        meta: dict[str, object] | None = None,
+        partitions: Iterable[str] | None = None,
+        allow_empty: bool = False,
+        validate: Iterable[Check] = (),
+        require: Iterable[Guarantee] = (),
+        keep_old: int = 1,
+        lock_timeout: float = 60.0,
+        grace: float = 30.0,
+    ) -> Transaction:
+        """The same without a block: then call `prepare`, `commit` or `rollback`. What is prepared survives this process."""
+        options = _options(mode, key, meta, partitions, allow_empty, validate, keep_old, lock_timeout, grace)
+        return await self._begin(options, tuple(require), block=False)
+
+    async def resume(self, id: str, *, lock_timeout: float = 60.0, grace: float = 30.0) -> Transaction:
+        """Take over a prepared transaction, from this process or a dead one; then call `commit` or `rollback`.
+
+        Raises:
+            Busy: Another live process has it.
+            WrongState: It is not prepared: it ended, or was never here.
+        """
+        options = Options(Mode.APPEND, lock_timeout=lock_timeout, grace=grace)
+        target = await self._probed()
+        owner = self._new_owner()
+        return await self._track(lambda: Transaction.resume(target, options, _id(id), owner), grace)
+
+    # ------------------------------------------------------------------------------------------------------------ looking
+
+    async def status(self) -> Status:
+        """The state of the target, and every transaction that has not ended. Changes nothing."""
+        target = await self._probed()
+        head, ledger = await read_both(target.driver)
+        found = []
+        for tx in sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")}):
+            if is_id(tx) and (record := await read_record(target.driver, tx)) is not None:
+                found.append(await self._status_of(target, record[0].id))
+        return Status(
+            head=head.state,
+            epoch=head.epoch,
+            committing=head.transaction if head.state is HeadState.COMMITTED else None,
+            commits=len(ledger.commits),
+            last=ledger.commits[-1] if ledger.commits else None,
+            transactions=tuple(status for status in found if status is not None),
+        )
+
+    async def outcome(self, id: str) -> Outcome:
+        """How a transaction ended, or stands: the head is asked first, then its outcome. Changes nothing."""
+        return await look(await self._probed(), _id(id))
+
+    async def meta(self) -> dict[str, object]:
+        """The merged meta of all commits."""
+        _, ledger = await read_both((await self._probed()).driver)
+        return dict(ledger.meta)
+
+    async def capabilities(self) -> Capabilities:
+        """What this store can do and promise."""
+        return (await self._probed()).store
+
+    # ---------------------------------------------------------------------------------------------------------- repairing
+
+    async def recover(self, *, resolve: Resolve | None = None) -> Recovered:
+        """Complete what a dead process decided, and roll back what it left undecided.
+
+        Live transactions and those that a caller prepared are left alone.
+
+        Args:
+            resolve: What to do where a foreign thing blocks a decided commit: "keep" that thing, or "replace" it.
+
+        Raises:
+            CommitBlocked: Something foreign is in the way, and `resolve` was not given.
+        """
+        if resolve not in (None, "keep", "replace"):
+            raise InvalidInput(f'resolve is "keep" or "replace", not {resolve!r}.')
+        return await recover(await self._probed(), self._new_owner(), resolve=resolve)
+
+    async def gc(self, *, older_than: timedelta = timedelta(days=7)) -> Recovered:
+        """Recover, and then collect what is old: abandoned and prepared transactions, outcomes, trees put aside.
+
+        Args:
+            older_than: The age, by the store's own clock, at which something is old; zero is allowed.
+        """
+        if older_than < timedelta(0):
+            raise InvalidInput("older_than is not negative.")
+        target = await self._probed()
+        seconds = older_than.total_seconds()
+        recovered = await recover(target, self._new_owner(), older_than=seconds)
+        return replace(recovered, collected=await collect(target, seconds))
+
+    # ------------------------------------------------------------------------------------------------------------ closing
+
+    def child(self, path: str) -> Store:
+        """Another target below this one, sharing client, credential and limit; its own head, staging and guarantees."""
+        return Store(self._driver.child(paths.parse(path)), self._observers)
+
+    async def aclose(self) -> None:
+        """Release what is prepared for others to resume, roll back what is open, and close the driver."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for transaction in list(self._open):
+                if transaction.phase is Phase.PREPARED:
+                    await transaction.release()
+                elif transaction.phase is Phase.STAGING:
+                    await transaction.rollback()
+        finally:
+            await self._driver.aclose()
+
+    async def __aenter__(self) -> Store:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        except StagedError as failed:
+            if error is None:
+                raise
+            error.add_note(f"staged: closing the store failed: {failed}")
+
+    # ------------------------------------------------------------------------------------------------------ for the above
+
+    async def _probed(self) -> Target:
+        if self._closed:
+            raise WrongState("The store is closed.")
+        if self._target is None:
+            self._target = Target(self._driver, await self._driver.probe(), self._observers)
+        return self._target
+
+    def _new_owner(self) -> str:
+        """Each transaction has an owner of its own, so that two of one process are two for the head as well."""
+        return f"{socket.gethostname()}:{os.getpid()}:{states.new_id()}"
+
+    async def _begin(self, options: Options, require: tuple[Guarantee, ...], *, block: bool) -> Transaction:
+        target = await self._probed()
+        missing = set(require) - target.store.guarantees.get(options.mode, frozenset())
+        if missing:
+            raise Unsupported(
+                f"{self.url} does not promise {', '.join(sorted(missing))} for mode {options.mode.value!r}. Nothing was begun."
+            )
+        return await self._track(
+            lambda: Transaction.begin(target, options, self._new_owner(), block=block), options.grace
+        )
+
+    async def _track(self, make: Callable[[], Awaitable[Transaction]], grace: float) -> Transaction:
+        """Begin in a task of its own: a caller that is cancelled meanwhile leaves no transaction behind."""
+        made: list[Transaction] = []
+
+        async def begin() -> None:
+            made.append(await make())
+
+        try:
+            await run_to_end(begin, grace=grace, on_cancel=lambda: None)
+        except BaseException:
+            for transaction in made:
+                with anyio.CancelScope(shield=True):
+                    await (transaction.release() if transaction.phase is Phase.PREPARED else transaction.rollback())
+            raise
+        self._open = {transaction for transaction in self._open if transaction.phase not in ENDED}
+        self._open.add(made[0])
+        return made[0]
+
+    async def _status_of(self, target: Target, tx: str) -> TransactionStatus | None:
+        alive: bool | None = None
+        if target.store.fence == "lock":
+            # The lock is given back at once; asking is all that a look may do.
+            lock = await target.driver.lock(f"tx/{tx}/lease")
+            alive = lock is None
+            if lock is not None:
+                lock.release()
+        if (found := await read_record(target.driver, tx)) is None:
+            return None
+        record = found[0]
+        age = await target.driver.age(record_key(tx))
+        return TransactionStatus(tx, record.state, record.mode, record.owner, record.block, alive, age, record.key)
+
+
+def _options(
+    mode: Mode | str,
+    key: str | None,
+    meta: dict[str, object] | None,
+    partitions: Iterable[str] | None,
+    allow_empty: bool,
+    validate: Iterable[Check],
+    keep_old: int,
+    lock_timeout: float,
+    grace: float,
+) -> Options:
+    chosen = Mode.parse(mode)
+    named = None if partitions is None else tuple(partitions)
+    return Options(chosen, key, meta, named, allow_empty, tuple(validate), keep_old, lock_timeout, grace)
+
+
+def _id(text: str) -> str:
+    if not is_id(text):
+        raise InvalidInput(f"{text!r} is not the id of a transaction.")
+    return text

@@ -1,0 +1,1 @@
+"""What breaks drivers: shipped for the authors of third-party drivers, and used for our own (extra `testing`)."""

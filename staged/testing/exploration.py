@@ -1,0 +1,408 @@
+"""Every history of a small world: writers stopped, failed or interleaved at every single call of the driver.
+
+The world is a memory store, a prior content and one or two pieces of work. An oracle on plain dicts says what the target may
+hold. The exploration says what it came to hold; a difference is a bug in the protocol, and its history is printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import trio
+import trio.testing
+
+from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.errors import StagedError, StorageError
+from staged.model import HeadState, Mode
+from staged.records import decode
+from staged.store import Store, open_store
+from staged.testing.faults import Crash, FaultDriver, Gate, Moment
+
+__all__ = ["KINDS", "PRIORS", "Kind", "Report", "Work", "crashes", "interleavings", "run", "works"]
+
+Files = dict[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of store; see `MemoryDriver`."""
+
+    name: str
+    fence: Literal["lock", "consumed"]
+    swap: Literal["exchange", "renames"] | None
+
+
+KINDS = (
+    Kind("exchange under a lock", "lock", "exchange"),
+    Kind("entries under a lock", "lock", None),
+    Kind("two renames, fenced by consuming", "consumed", "renames"),
+    Kind("entries, fenced by consuming", "consumed", None),
+)
+
+PRIORS: dict[str, Files] = {
+    "none": {},
+    "disjoint": {"old-1": b"1", "old-2": b"2"},
+    "overlapping": {"p=0/f0": b"old", "p=1/f1": b"old", "old-3": b"3"},
+    "partitions": {"p=0/old": b"0", "p=1/old": b"1", "p=9/old": b"9"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one writer does: files to write and names to delete, under a mode and perhaps a key."""
+
+    mode: Mode
+    files: tuple[tuple[str, bytes], ...]
+    deletes: tuple[str, ...] = ()
+    key: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.mode.value}({', '.join(name for name, _ in self.files)})"
+
+    async def __call__(self, store: Store, lock_timeout: float = 1000.0) -> str:
+        """Do it; returns the transaction's phase on its receipt."""
+        async with store.staged_write(self.mode, key=self.key, lock_timeout=lock_timeout) as tx:
+            for name, data in self.files:
+                await tx.write(name, data)
+            for name in self.deletes:
+                await tx.delete(name)
+        return tx.receipt.phase
+
+    def apply(self, target: Files) -> Files | None:
+        """The oracle: the target after a commit, or None where a commit must refuse."""
+        written = dict(self.files)
+        if self.mode in (Mode.ERROR, Mode.IGNORE) and target:
+            return None if self.mode is Mode.ERROR else target
+        if self.mode is Mode.APPEND and written.keys() & target.keys():
+            return None
+        if any(name not in target for name in self.deletes):
+            return None
+        if self.mode is Mode.FULL_DROP:
+            return written
+        kept = {name: data for name, data in target.items() if name not in self.deletes}
+        if self.mode is Mode.OVERWRITE_PARTITIONS:
+            leaves = {name.rpartition("/")[0] for name in written}
+            kept = {name: data for name, data in kept.items() if not any(name.startswith(f"{leaf}/") for leaf in leaves)}
+        return kept | written
+
+
+@dataclass(slots=True)
+class Report:
+    """What an exploration saw."""
+
+    histories: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        seen = ", ".join(f"{name}: {count:,}" for name, count in sorted(self.outcomes.items()))
+        return f"{self.histories:,} histories ({seen}), {len(self.failures)} failures"
+
+    def __add__(self, other: Report) -> Report:
+        return Report(
+            self.histories + other.histories, self.outcomes + other.outcomes, self.failures + other.failures
+        )
+
+
+def works(files: Sequence[int] = (1, 2, 5)) -> Iterator[Work]:
+    """One piece of work for each mode and number of files; under `overwrite_files` with a delete as well."""
+    for mode, count in itertools.product(Mode, files):
+        yield Work(mode, tuple((f"p={n % 3}/f{n}", f"{mode.value}-{n}".encode()) for n in range(count)))
+    yield Work(Mode.OVERWRITE_FILES, (("new", b"new"),), deletes=("old-1",))
+    yield Work(Mode.APPEND, (("keyed", b"keyed"),), key="key")
+
+
+# ----------------------------------------------------------------------------------------------------- one writer, crashes
+
+Fault = Literal["crash before", "crash after", "crash within", "answer lost", "fails"]
+_MOMENTS: dict[Fault, Moment] = {
+    "crash before": "before",
+    "crash after": "after",
+    "crash within": "within",
+    "answer lost": "after",
+    "fails": "before",
+}
+
+
+class _At:
+    """A gate that lets one fault happen at the n-th moment of its kind, and counts the moments."""
+
+    def __init__(self, fault: Fault | None = None, number: int = -1) -> None:
+        self.fault = fault
+        self.number = number
+        self.counts: Counter[str] = Counter()
+        self.dead = False
+        self.struck: str | None = None
+
+    async def __call__(self, name: str, moment: Moment) -> None:
+        if self.dead:
+            raise Crash
+        self.counts[moment] += 1
+        if self.fault is None or moment != _MOMENTS[self.fault] or self.counts[moment] != self.number + 1:
+            return
+        self.struck = name
+        if self.fault in ("answer lost", "fails"):
+            raise StorageError(f"{self.fault} at {name}", retryable=True)
+        self.dead = True
+        raise Crash
+
+
+class _World:
+    """A storage with its prior content, and processes that come and go."""
+
+    def __init__(self, kind: Kind, prior: Files) -> None:
+        self.kind = kind
+        self.storage = MemoryStorage()
+        for name, data in prior.items():
+            self.storage.put(f"target/{name}", data)
+
+    def process(self, gate: Gate) -> tuple[Store, MemoryDriver]:
+        """A new process with its own store."""
+
+        async def within(name: str) -> None:
+            await gate(name, "within")
+
+        kind = self.kind
+        driver = MemoryDriver("target", storage=self.storage, fence=kind.fence, swap=kind.swap, period=30.0, step=within)
+        return open_store(FaultDriver(driver, gate)), driver
+
+    def target(self) -> Files:
+        return self.storage.below("target")
+
+    def leftovers(self) -> list[str]:
+        """What is left besides the target, the head and the ledger that it names."""
+        head = self.storage.records.get("_staged/target/head")
+        named = None
+        if head is not None:
+            ledger = decode(_HEAD, head[0], "head").ledger
+            named = f"_staged/target/{ledger.key}-0" if ledger else None
+        kept = {"_staged/target/head", named}
+        return [
+            *(key for key in self.storage.records if key not in kept),
+            *self.storage.uploads,
+            *self.storage.aside,
+            *self.storage.locks,
+        ]
+
+    def decided(self) -> bool:
+        """Whether, by the durable records alone, a decision was made."""
+        head = self.storage.records.get("_staged/target/head")
+        committed = head is not None and decode(_HEAD, head[0], "head").state is HeadState.COMMITTED
+        return committed or any("/outcome/" in key and b'"committed"' in body for key, (body, _, _) in self.storage.records.items())
+
+
+from staged.model import Head as _HEAD  # noqa: E402
+
+
+async def _attempt(work: Callable[[], Awaitable[str]]) -> str:
+    """What a caller hears: a phase, `untouched`, `committed` or `unknown` of an error, or `crash`."""
+    try:
+        return await work()
+    except Crash:
+        return "crash"
+    except StagedError as error:
+        return error.outcome
+
+
+async def _one(kind: Kind, work: Work, prior: Files, gate: _At, again: _At | None) -> tuple[str, list[str]]:
+    """One history: the work with a fault, then recover, perhaps with a fault of its own, then recover again."""
+    world = _World(kind, prior)
+    wrong: list[str] = []
+    store, driver = world.process(gate)
+    said = await _attempt(lambda: work(store))
+    world.storage.kill(driver)
+    new = work.apply(prior)
+    allowed = [prior] if new is None else [prior, new]
+    seen, decided = world.target(), world.decided()
+    if not decided and seen != prior:
+        wrong.append(f"undecided, but the target holds {seen}")
+    if kind.swap == "exchange" and work.mode is Mode.FULL_DROP and seen not in allowed:
+        wrong.append(f"a reader sees {seen}")
+    for recovery in (again, _At()):
+        if recovery is not None:
+            store, driver = world.process(recovery)
+            await _attempt(lambda store=store: _recover(store))  # type: ignore[misc]
+            world.storage.kill(driver)
+    seen = world.target()
+    if seen not in allowed:
+        wrong.append(f"after recover: neither old nor new, but {seen}")
+    if said == "committed" and seen != new:
+        wrong.append("acknowledged as committed, but it is not there")
+    if said in ("untouched", "rolled_back") and seen != prior:
+        wrong.append(f"reported {said}, but the target changed")
+    if decided and new is not None and seen != new:
+        wrong.append("decided, but not completed by recover")
+    store, driver = world.process(_At())
+    following = await _attempt(lambda: Work(Mode.APPEND, (("next", b"next"),))(store))
+    if following != "committed" or world.target() != seen | {"next": b"next"}:
+        wrong.append(f"the next writer: {following}, {world.target()}")
+    await store.gc(older_than=timedelta(0))
+    world.storage.kill(driver)
+    if left := world.leftovers():
+        wrong.append(f"after gc there is left: {left}")
+    result = "finished" if seen == new and said == "crash" else "new" if seen == new else "old"
+    return result, wrong
+
+
+async def _recover(store: Store) -> str:
+    await store.recover()
+    return "recovered"
+
+
+async def crashes(
+    kinds: Iterable[Kind], tasks: Iterable[Work], priors: Iterable[str], *, twice: bool = False
+) -> Report:
+    """Each work × prior × kind, with each fault at each moment; with `twice`, also each crash at each moment of recover."""
+    report = Report()
+    faults: tuple[Fault, ...] = ("crash before", "crash after", "crash within", "answer lost", "fails")
+    tasks, priors = list(tasks), list(priors)
+    for kind, work, prior in itertools.product(kinds, tasks, priors):
+        count = _At()
+        result, wrong = await _one(kind, work, PRIORS[prior], count, None)
+        _note(report, f"{kind.name}: {work} on {prior}, no fault", result, wrong)
+        for fault in faults:
+            if twice and not fault.startswith("crash"):
+                continue
+            for number in range(count.counts[_MOMENTS[fault]]):
+                if not twice:
+                    result, wrong = await _one(kind, work, PRIORS[prior], _At(fault, number), None)
+                    _note(report, f"{kind.name}: {work} on {prior}, {fault} {number}", result, wrong)
+                    continue
+                for second in ("crash before", "crash within"):
+                    for at in itertools.count():
+                        again = _At(second, at)  # type: ignore[arg-type]
+                        result, wrong = await _one(kind, work, PRIORS[prior], _At(fault, number), again)
+                        history = f"{kind.name}: {work} on {prior}, {fault} {number}, recover {second} {at}"
+                        _note(report, history, result, wrong)
+                        if again.struck is None:
+                            break
+    return report
+
+
+def _note(report: Report, history: str, result: str, wrong: list[str]) -> None:
+    report.histories += 1
+    report.outcomes[result] += 1
+    report.failures += [f"{history}: {what}" for what in wrong]
+
+
+# ---------------------------------------------------------------------------------------------------- two actors, call by call
+
+
+class _Turns:
+    """Lets one actor at a time make one call; everything else waits at its gate."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, trio.Event] = {}
+        self.made: Counter[str] = Counter()
+        self.running = True
+
+    def gate(self, actor: str) -> Gate:
+        async def pause(name: str, moment: Moment) -> None:
+            if self.running and moment != "after":
+                self._waiting[actor] = event = trio.Event()
+                await event.wait()
+                self.made[actor] += 1
+
+        return pause
+
+    async def let(self, actor: str, calls: float, ended: Callable[[], bool], patience: float) -> None:
+        """Let an actor make so many calls, or until it ended, or slept for longer than `patience` seconds."""
+        waited = 0.0
+        while calls > 0 and not ended():
+            await trio.testing.wait_all_tasks_blocked()
+            if (event := self._waiting.pop(actor, None)) is not None:
+                event.set()
+                calls -= 1
+                waited = 0.0
+            elif ended():
+                return
+            elif waited >= patience:
+                return
+            else:
+                await trio.sleep(1.0)
+                waited += 1.0
+
+
+async def _pair(
+    kind: Kind, first: Work, second: Work | None, prior: Files, at: int, then: float
+) -> tuple[dict[str, str], list[str], Counter[str]]:
+    """A runs `at` calls, B runs `then` calls, A runs to its end, B runs to its end. `second` None recovers instead."""
+    world = _World(kind, prior)
+    turns = _Turns()
+    said: dict[str, str] = {}
+
+    async def actor(name: str, work: Callable[[Store], Awaitable[str]], store: Store) -> None:
+        said[name] = await _attempt(lambda: work(store))
+
+    a, _ = world.process(turns.gate("A"))
+    b, _ = world.process(turns.gate("B"))
+    ids: dict[str, str] = {}
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(actor, "A", first, a)
+        nursery.start_soon(actor, "B", second or _recover, b)
+        patience = 100.0 if kind.fence == "consumed" else 0.0
+        await turns.let("A", at, lambda: "A" in said, 0.0)
+        await turns.let("B", then, lambda: "B" in said, patience)
+        await turns.let("A", math.inf, lambda: "A" in said, 200.0)
+        await turns.let("B", math.inf, lambda: "B" in said, 200.0)
+        await turns.let("A", math.inf, lambda: "A" in said, 2000.0)
+        turns.running = False
+        for event in turns._waiting.values():
+            event.set()
+    wrong: list[str] = []
+    last, driver = world.process(_At())
+    await last.recover()
+    seen = world.target()
+    committed = await _committed(last, world)
+    tasks = {"A": first} | ({"B": second} if second else {})
+    sure = [name for name in tasks if said[name] == "committed"]
+    maybe = [name for name in tasks if said[name] == "unknown"]
+    possible: list[Files] = []
+    for extra in range(len(maybe) + 1):
+        for names in itertools.combinations(maybe, extra):
+            for order in itertools.permutations([*sure, *names]):
+                state: Files | None = prior
+                for name in order:
+                    state = None if state is None else tasks[name].apply(state)
+                if state is not None and len(order) == committed:
+                    possible.append(state)
+    if seen not in possible:
+        wrong.append(f"no serial order explains {seen}: {said}, {committed} committed")
+    await last.gc(older_than=timedelta(0))
+    world.storage.kill(driver)
+    if left := world.leftovers():
+        wrong.append(f"after gc there is left: {left}")
+    del ids
+    return said, wrong, turns.made
+
+
+async def _committed(store: Store, world: _World) -> int:
+    """How many commits the ledger knows."""
+    return (await store.status()).commits
+
+
+async def interleavings(
+    kinds: Iterable[Kind], pairs: Iterable[tuple[Work, Work | None, Files]], *, stride: int = 1
+) -> Report:
+    """Each pair on each kind: A is stopped at each of its calls while B runs, wholly or up to each `stride`-th of its calls."""
+    report = Report()
+    for kind, (first, second, prior) in itertools.product(list(kinds), list(pairs)):
+        _, _, made = await _pair(kind, first, second, prior, 10**9, math.inf)
+        for at in range(made["A"] + 1):
+            for then in (math.inf, *range(at % stride, made["B"] + 1, stride)):
+                said, wrong, _ = await _pair(kind, first, second, prior, at, then)
+                history = f"{kind.name}: A={first} B={second or 'recover'}, A stops at {at}, B at {then}"
+                _note(report, history, "+".join(sorted(said.values())), wrong)
+    return report
+
+
+def run(exploration: Callable[[], Awaitable[Report]]) -> Report:
+    """Run an exploration in a world whose clock jumps whenever everybody sleeps."""
+    result: Report = trio.run(exploration, clock=trio.testing.MockClock(autojump_threshold=0))
+    return result
