@@ -30,6 +30,7 @@ from staged.errors import (
 )
 from staged.lifecycle import Transaction
 from staged.model import Entry, Mode, Outcome, Plan, Receipt, Recovered, Status
+from staged.pinning import pinned
 from staged.store import Store, open_store
 
 __all__ = [
@@ -59,4 +60,5 @@ __all__ = [
     "ValidationFailed",
     "WrongState",
     "open_store",
+    "pinned",
 ]

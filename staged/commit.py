@@ -18,7 +18,9 @@ from staged.control import (
     HEAD,
     SEGMENT,
     Target,
+    log_prefix,
     outcome_key,
+    plan_key,
     read,
     read_head,
     read_ledger,
@@ -120,10 +122,10 @@ class Held:
         self._token = token
         self._renewed = anyio.current_time()
 
-    async def move(self, head: Head) -> bool:
+    async def move(self, head: Head, *, durable: bool = False) -> bool:
         """Swap the head; False where it is no longer ours. See `control.swap` for what is raised."""
         sent = anyio.current_time()
-        token = await swap(self.target.driver, HEAD, head, self._token)
+        token = await swap(self.target.driver, HEAD, head, self._token, durable=durable)
         if token is None:
             return False
         self.head, self._token, self._renewed = head, token, sent
@@ -133,14 +135,16 @@ class Held:
         """Go on with a head that we wrote, as it was read back."""
         self.head, self._token = head, token
 
+    async def is_ours(self) -> bool:
+        """Whether the head is still as we wrote it."""
+        return (await read_head(self.target.driver))[1] == self._token
+
     async def check(self) -> None:
         """Raise `Fenced` unless the head is still as we wrote it."""
-        head, token = await read_head(self.target.driver)
-        if token != self._token:
+        if not await self.is_ours():
+            tx = self.head.transaction
             raise Fenced(
-                f"Another process took over the head while transaction {self.head.transaction} was being completed; it is "
-                f"now {head.state.value} at epoch {head.epoch}.",
-                transaction=self.head.transaction,
+                f"Another process took the head from transaction {tx}. Ask store.outcome({tx!r}).", transaction=tx
             )
 
     async def renew(self) -> None:
@@ -199,22 +203,21 @@ async def settle(target: Target, owner: str, resolve: Resolve | None, timeout: f
         Busy: A live process holds the head.
         CommitBlocked: Something foreign is in the way, and `resolve` does not say what to do about it.
     """
-    head, _ = await read_head(target.driver)
-    if head.state is HeadState.FREE:
+    if (await read_head(target.driver))[0].state is HeadState.FREE:
         return None
     held = await _take(target, owner, timeout, stop)
-    finished = None
     try:
-        while held.head.state is not HeadState.FREE:
-            if held.head.state is HeadState.COMMITTED:
-                finished = await _complete_other(held, owner, resolve) or finished
-            else:
-                await held.move(states.abandon(held.head))
-            if held.head.state is not HeadState.FREE:
-                held = await _again(held, owner, timeout, stop)
+        while True:
+            state = held.head.state
+            if state is HeadState.FREE:
+                return None
+            if state is HeadState.COMMITTED and (finished := await _complete_other(held, owner, resolve)):
+                return finished
+            if state is HeadState.HELD and await held.move(states.abandon(held.head)):
+                return None
+            held = await _again(held, owner, timeout, stop)
     finally:
         held.release()
-    return finished
 
 
 async def _take(target: Target, owner: str, timeout: float, stop: Stop) -> Held:
@@ -262,9 +265,7 @@ async def _pause(deadline: float, seconds: float, stop: Stop) -> None:
 # --------------------------------------------------------------------------------------------------------------- decide
 
 
-async def commit(
-    target: Target, record: TxRecord, work: Work, manifest: Ref, *, timeout: float, stop: Stop
-) -> Receipt:
+async def commit(target: Target, record: TxRecord, work: Work, manifest: Ref, *, timeout: float, stop: Stop) -> Receipt:
     """Commit a prepared transaction. On return it ended: committed, done, skipped.
 
     Raises:
@@ -283,9 +284,7 @@ async def commit(
         held.release()
 
 
-async def _decide(
-    held: Held, record: TxRecord, work: Work, manifest: Ref, stop: Stop
-) -> _Decided | Receipt:
+async def _decide(held: Held, record: TxRecord, work: Work, manifest: Ref, stop: Stop) -> _Decided | Receipt:
     """Everything under the head up to the decision. An error gives the head back: the target is untouched."""
     driver, epoch = held.target.driver, held.head.epoch
     try:
@@ -308,10 +307,20 @@ async def _decide(
         stop.check()
         await held.renew()
         decided = _Decided.of(epoch, record, plan, manifest, held.head.ledger, ledger)
-        plan_ref = await write_parts(driver, f"log/{record.id}/plan-{epoch}", decided.parts())
+        plan_ref = await write_parts(driver, plan_key(record.id, epoch), decided.parts())
         ledger_ref = await write_parts(driver, f"ledger-{epoch}", [_next_ledger(ledger, record, epoch)])
         await held.renew()
         stop.check()
+    except (Fenced, DamagedRecord) as error:
+        # A stalled holder finds anything: what it looks for may have been superseded. It is undecided by us all the same.
+        await _give_back(held)
+        if isinstance(error, DamagedRecord) and await held.is_ours():
+            raise
+        raise StagingError(
+            f"Transaction {record.id} lost the head before its decision: {error} Run it again.",
+            transaction=record.id,
+            retryable=True,
+        ) from error
     except Exception:
         await _give_back(held)
         raise
@@ -329,14 +338,14 @@ async def _stamp(held: Held, record: TxRecord) -> bool:
     if found[0].owner != record.owner:
         raise Fenced(f"Another process resumed transaction {record.id}.", transaction=record.id)
     stamped = replace(found[0], stamp=held.head.epoch, nonce=states.new_id())
-    return await swap(driver, record_key(record.id), stamped, found[1]) is not None
+    return await swap(driver, record_key(record.id), stamped, found[1], durable=False) is not None
 
 
 async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
     """The decision. An unknown outcome is settled by moving the head away: a late swap then finds another token."""
     tx, undecided = held.head.transaction or "", held.head
     try:
-        if await held.move(states.decide(undecided, plan, ledger)):
+        if await held.move(states.decide(undecided, plan, ledger), durable=True):
             return
     except StorageError as error:
         try:
@@ -518,8 +527,12 @@ async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> st
     """Complete what a dead writer decided; None where somebody else was faster."""
     if not await held.move(states.adopt(held.head, owner)):
         return None
-    receipt = await _complete(held, await _load(held.target, held.head), resolve)
-    return receipt.id
+    try:
+        decided = await _load(held.target, held.head)
+    except DamagedRecord:
+        await held.check()
+        raise
+    return (await _complete(held, decided, resolve)).id
 
 
 async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
@@ -532,14 +545,16 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
         else:
             left = await _publish(held, decided.plan, resolve) + await _remove(held, decided.plan.remove)
         receipt = decided.receipt(left)
-        await driver.put_segment(outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch)))
+        await driver.put_segment(
+            outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch))
+        )
     except StorageError as error:
         raise CommitIncomplete(
             f"Transaction {tx} is decided but not completed: {error} Run recover(), or let the next writer complete it.",
             transaction=tx,
         ) from error
     # From here on all is published and the outcome durable: what fails is left to the next writer, recover or gc.
-    await _quietly(held.move(states.free(held.head)))
+    await _quietly(held.move(states.free(held.head), durable=True))
     held.release()
     await _quietly(discard(target, tx))
     if decided.ledger is not None:
@@ -578,7 +593,9 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> int:
             await held.check()
             if resolve == "replace":
                 names = [entry.path for entry, _ in stuck]
-                there = {listed.path: listed.identity async for page in target.driver.list(names=names) for listed in page}
+                there = {
+                    listed.path: listed.identity async for page in target.driver.list(names=names) for listed in page
+                }
                 retry = [entry for entry, _ in stuck]
                 stuck = _stuck(retry, await target.driver.publish(tx, retry, there))
             foreign = [entry for entry, answer in stuck if answer is Answer.FOREIGN]
@@ -614,9 +631,7 @@ def _batches(entries: Sequence[_T], store: Capabilities) -> list[Sequence[_T]]:
 
 def _stuck(batch: Sequence[Entry], answers: Sequence[Answer]) -> list[tuple[Entry, Answer]]:
     return [
-        (entry, answer)
-        for entry, answer in zip(batch, answers, strict=True)
-        if answer in (Answer.FOREIGN, Answer.LOST)
+        (entry, answer) for entry, answer in zip(batch, answers, strict=True) if answer in (Answer.FOREIGN, Answer.LOST)
     ]
 
 
@@ -643,7 +658,7 @@ async def discard(target: Target, tx: str, *, log: bool = False) -> None:
             handles.update(found[0].handles)
     await target.driver.discard(tx, handles, whole=True)
     if log:
-        await target.driver.delete_control(await target.driver.list_control(f"log/{tx}/"))
+        await target.driver.delete_control(await target.driver.list_control(log_prefix(tx)))
     record = record_key(tx)
     await target.driver.delete_control([*(key for key in keys if key != record), record])
 

@@ -1,12 +1,12 @@
 """The control area, read and changed through lost answers: what staging, commit and recovery share.
 
-    head                       the one record that decides; swapped, never deleted
-    ledger-<epoch>             immutable: the last commits and the merged meta; named by the head
-    tx/<id>/record             a transaction that has not ended; swapped
-    tx/<id>/handles-<n>        immutable: handles made durable before their first byte
-    log/<id>/manifest-<n>      immutable: what the transaction staged
-    log/<id>/plan-<epoch>-<n>  immutable: what its commit does; named by epoch, so that no earlier attempt's is taken for it
-    outcome/<id>               immutable: how it ended
+head                       the one record that decides; swapped, never deleted
+ledger-<epoch>             immutable: the last commits and the merged meta; named by the head
+tx/<id>/record             a transaction that has not ended; swapped
+tx/<id>/handles-<n>        immutable: handles made durable before their first byte
+log/<id>-manifest-…-<n>    immutable: what the transaction staged
+log/<id>-plan-<epoch>-<n>  immutable: what its commit does; named by epoch, so that no earlier attempt's is taken for it
+outcome/<id>               immutable: how it ended
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from staged.driver import Driver
-from staged.errors import DamagedRecord, StorageError
+from staged.errors import DamagedRecord, InvalidInput, StorageError
 from staged.model import Capabilities, Entry, Head, HeadState, Ledger, Outcome, PlanHeader, PlanPart, Ref, TxRecord
 from staged.observers import Observer
-from staged.records import ManifestPart, decode, digest_of, encode
+from staged.records import MAX_RECORD, ManifestPart, decode, digest_of, encode
 
 __all__ = [
     "HEAD",
     "Target",
     "base_of",
+    "log_prefix",
     "outcome_key",
+    "plan_key",
     "read",
     "read_both",
     "read_head",
@@ -66,13 +68,21 @@ def outcome_key(tx: str) -> str:
     return f"outcome/{tx}"
 
 
+def log_prefix(tx: str) -> str:
+    return f"log/{tx}-"
+
+
+def plan_key(tx: str, epoch: int) -> str:
+    return f"{log_prefix(tx)}plan-{epoch}"
+
+
 async def read(driver: Driver, key: str, kind: type[T]) -> tuple[T, str] | None:
     """A record and its token, strictly decoded; None where there is none."""
     record = await driver.read(key)
     return None if record is None else (decode(kind, record.body, key), record.token)
 
 
-async def swap(driver: Driver, key: str, value: object, token: str | None) -> str | None:
+async def swap(driver: Driver, key: str, value: object, token: str | None, *, durable: bool = True) -> str | None:
     """Compare-and-swap a record, and settle lost answers by reading back: its fresh nonce makes the body unique.
 
     Returns:
@@ -82,9 +92,13 @@ async def swap(driver: Driver, key: str, value: object, token: str | None) -> st
         StorageError: Unresolved: the old record is still there, or nothing could be read, and the swap may land late.
     """
     body = encode(value)
+    if len(body) > MAX_RECORD:
+        raise InvalidInput(
+            f"The record {key!r} would have {len(body)} bytes; at most {MAX_RECORD} fit: name fewer deletes."
+        )
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            swapped = await driver.cas(key, body, token)
+            swapped = await driver.cas(key, body, token, durable=durable)
             if swapped is not None:
                 return swapped
             found = await driver.read(key)
@@ -170,7 +184,7 @@ async def read_parts(driver: Driver, ref: Ref, kind: type[T]) -> list[T]:
 async def write_manifest(driver: Driver, tx: str, entries: Sequence[Entry], attempt: str) -> Ref:
     """Write down what a transaction staged."""
     slices = [ManifestPart(tuple(entries[at : at + SEGMENT])) for at in range(0, len(entries), SEGMENT)]
-    return await write_parts(driver, f"log/{tx}/manifest-{attempt}", slices)
+    return await write_parts(driver, f"{log_prefix(tx)}manifest-{attempt}", slices)
 
 
 async def read_manifest(driver: Driver, ref: Ref) -> list[Entry]:
@@ -180,13 +194,13 @@ async def read_manifest(driver: Driver, ref: Ref) -> list[Entry]:
 
 async def read_names(driver: Driver, tx: str, epoch: int) -> tuple[set[str], PlanHeader] | None:
     """The names that a commit wrote, replaced or removed; None where its plan is gone."""
-    first = await read(driver, f"log/{tx}/plan-{epoch}-0", PlanPart)
+    first = await read(driver, f"{plan_key(tx, epoch)}-0", PlanPart)
     if first is None or (header := first[0].header) is None:
         return None
     names = {entry.path for entry in await read_manifest(driver, header.manifest)}
     names.update(listed.path for listed in first[0].remove)
     for number in range(1, header.parts):
-        if (part := await read(driver, f"log/{tx}/plan-{epoch}-{number}", PlanPart)) is None:
+        if (part := await read(driver, f"{plan_key(tx, epoch)}-{number}", PlanPart)) is None:
             return None
         names.update(listed.path for listed in part[0].remove)
     return names, header

@@ -89,10 +89,14 @@ class Driver(ABC):
         """A record or segment whole, as one write left it; None where there is none."""
 
     @abstractmethod
-    async def cas(self, key: str, body: bytes, token: str | None) -> str | None:
+    async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
         """Put a record in place of the one that has this token (None: of none), in one atomic step.
 
-        Durable when it returns. Every body carries a fresh nonce, so that no two are equal.
+        Every body carries a fresh nonce, so that no two are equal.
+
+        Args:
+            durable: On return this, and every segment put before, survives a loss of power. Without it the record in
+                place after a loss of power may be the earlier one, but never a damaged one.
 
         Returns:
             The new token, or None where the record in place is not the one named. A None may come from a replay of a
@@ -101,7 +105,7 @@ class Driver(ABC):
 
     @abstractmethod
     async def put_segment(self, key: str, body: bytes) -> bool:
-        """Put an immutable segment, durable when it returns; False where there is one already, which stays."""
+        """Put an immutable segment, durable with the next durable `cas`; False where there is one already, which stays."""
 
     @abstractmethod
     async def list_control(self, prefix: str) -> list[str]:
@@ -141,7 +145,7 @@ class Driver(ABC):
         """A fresh real directory from which `adopt` moves files into staging without copying; None where there is none."""
         return None
 
-    async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> list[Entry]:
+    async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> Sequence[Entry]:
         """Move the files `root/<path>` of a `scratch` directory into staging, each over what was staged there before."""
         raise NotImplementedError
 
@@ -158,7 +162,7 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> list[Answer]:
+    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         """Make staged entries visible under their final names, durable when it returns.
 
         Each consumes its source, so that a late repeat finds nothing to do. An entry whose path is in `replaces` takes
@@ -170,7 +174,7 @@ class Driver(ABC):
         """
 
     @abstractmethod
-    async def remove(self, entries: Sequence[Listed]) -> list[Answer]:
+    async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         """Remove exactly these files, each only if it is still the one listed: DONE, ALREADY or FOREIGN."""
 
     async def trees(self, tx: str) -> Trees:

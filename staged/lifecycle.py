@@ -6,35 +6,22 @@ cancellation finds either an undecided transaction, which is rolled back, or a d
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import anyio
 
 from staged import commit, paths, planning, states
 from staged._waitout import run_to_end
 from staged.commit import Stop, Stopped, discard, look
-from staged.control import (
-    Target,
-    base_of,
-    read_both,
-    read_manifest,
-    read_record,
-    record_key,
-    swap,
-    write_manifest,
-)
+from staged.control import Target, base_of, read_both, read_manifest, read_record, record_key, swap, write_manifest
 from staged.driver import Lock
 from staged.errors import (
     Busy,
     CommitIncomplete,
     CommitInDoubt,
-    Conflict,
-    Exists,
     Fenced,
     InvalidInput,
     StagedError,
@@ -53,7 +40,7 @@ from staged.states import ENDED, Phase, advance
 
 __all__ = ["Block", "Check", "Options", "Transaction"]
 
-Check = Callable[[Sequence[Entry]], None | Awaitable[None]]
+Check = Callable[[Sequence[Entry]], Awaitable[None] | None]
 """Looks at the staged entries before the lock; raises to refuse them."""
 
 T = TypeVar("T")
@@ -142,9 +129,11 @@ class Transaction(Staging):
                 keep_old=options.keep_old,
                 nonce=states.new_id(),
             )
-            token = await swap(driver, record_key(tx), record, None)
+            token = await swap(driver, record_key(tx), record, None, durable=False)
             if token is None:
-                raise StagingError("The record of a new transaction is taken; run again.", transaction=tx, retryable=True)
+                raise StagingError(
+                    "The record of a new transaction is taken; run again.", transaction=tx, retryable=True
+                )
         except BaseException:
             if lease is not None:
                 lease.release()
@@ -169,18 +158,15 @@ class Transaction(Staging):
                 if found is None and lease is not None:
                     await discard(target, tx)
                 raise WrongState(
-                    f"Transaction {tx} is {(await look(target, tx)).state}; only a prepared one can be resumed.", transaction=tx
+                    f"Transaction {tx} is {(await look(target, tx)).state}; only a prepared one can be resumed.",
+                    transaction=tx,
                 )
             record = replace(found[0], owner=owner, nonce=states.new_id())
             token = await swap(driver, record_key(tx), record, found[1])
             if token is None:
                 raise Busy(f"Another process took transaction {tx} first.", transaction=tx)
             options = replace(
-                options,
-                mode=record.mode,
-                key=record.key,
-                partitions=record.partitions,
-                allow_empty=record.allow_empty,
+                options, mode=record.mode, key=record.key, partitions=record.partitions, allow_empty=record.allow_empty
             )
             self = cls(target, options, record, token, lease)
             self._entries = {paths.fold(entry.path): entry for entry in await read_manifest(driver, found[0].manifest)}
@@ -247,7 +233,9 @@ class Transaction(Staging):
             WrongState: It has not ended.
         """
         if self._receipt is None:
-            raise WrongState(f"Transaction {self.id} is {self._phase.value}; there is no receipt yet.", transaction=self.id)
+            raise WrongState(
+                f"Transaction {self.id} is {self._phase.value}; there is no receipt yet.", transaction=self.id
+            )
         return self._receipt
 
     @property
@@ -378,7 +366,8 @@ class Transaction(Staging):
             except Exception as error:
                 name = getattr(check, "__name__", type(check).__name__)
                 raise ValidationFailed(
-                    f"The check {name!r} refused the staged files: {error} The target is untouched.", transaction=self.id
+                    f"The check {name!r} refused the staged files: {error} The target is untouched.",
+                    transaction=self.id,
                 ) from error
 
     async def _prepare(self, stop: Stop) -> None:
@@ -393,13 +382,9 @@ class Transaction(Staging):
         manifest = await write_manifest(driver, self.id, self.entries, self._attempt)
         stop.check()
         record = replace(
-            self._record,
-            state=TxState.PREPARED,
-            deletes=tuple(self._deletes),
-            manifest=manifest,
-            nonce=states.new_id(),
+            self._record, state=TxState.PREPARED, deletes=tuple(self._deletes), manifest=manifest, nonce=states.new_id()
         )
-        token = await swap(driver, record_key(self.id), record, self._token)
+        token = await swap(driver, record_key(self.id), record, self._token, durable=not record.block)
         if token is None:
             raise StagingError(f"Transaction {self.id} was rolled back by another process.", transaction=self.id)
         self._record, self._token, self._sealed = record, token, True
@@ -419,20 +404,15 @@ class Transaction(Staging):
         manifest = self._record.manifest
         assert manifest is not None
         receipt = await commit.commit(
-            self._target,
-            self._record,
-            self._work(),
-            manifest,
-            timeout=self._options.lock_timeout,
-            stop=stop,
+            self._target, self._record, self._work(), manifest, timeout=self._options.lock_timeout, stop=stop
         )
         if receipt.phase == "committed":
             self._end(Phase.COMMITTED, receipt)
         else:
             self.done, self.skipped = receipt.phase == "done", receipt.phase == "skipped"
-            await self._roll_back(receipt.phase)
+            await self._roll_back("done" if self.done else "skipped")
 
-    async def _roll_back(self, why: str) -> None:
+    async def _roll_back(self, why: Literal["rolled_back", "done", "skipped"]) -> None:
         """Undo what is undecided; find out how it ended where another process was faster."""
         if self._phase is Phase.ROLLED_BACK:
             return
@@ -446,8 +426,7 @@ class Transaction(Staging):
         if outcome.state in ("committed", "committing"):
             self._end(Phase.IN_DOUBT, outcome.receipt)
             raise Fenced(f"Transaction {self.id} is {outcome.state} by another process.", transaction=self.id)
-        phase = "done" if why == "done" else "skipped" if why == "skipped" else "rolled_back"
-        self._end(Phase.ROLLED_BACK, Receipt(self.id, mode, phase, key=key))
+        self._end(Phase.ROLLED_BACK, Receipt(self.id, mode, why, key=key))
 
     def _end(self, phase: Phase, receipt: Receipt | None) -> None:
         self._phase = advance(self._phase, phase)

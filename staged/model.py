@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Literal
 
 from staged.errors import InvalidInput
@@ -55,7 +55,7 @@ Resolve = Literal["keep", "replace"]
 """What `recover` does about a foreign thing in the way of a decided commit: leave it, or put ours in its place."""
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """What a commit does to the target."""
 
     APPEND = "append"
@@ -119,7 +119,7 @@ class Trees:
     target: str | None
 
 
-class Answer(str, Enum):
+class Answer(StrEnum):
     """What became of one entry that was published or removed.
 
     `DONE`: by this call. `ALREADY`: by an earlier one. `FOREIGN`: something that is not ours is there, and was left.
@@ -168,7 +168,7 @@ class Ref:
     digest: str
 
 
-class HeadState(str, Enum):
+class HeadState(StrEnum):
     """`FREE`: nobody commits. `HELD`: somebody plans to. `COMMITTED`: decided, to be completed by anybody."""
 
     FREE = "free"
@@ -207,7 +207,7 @@ class Ledger:
     floor: int = 0
 
 
-class TxState(str, Enum):
+class TxState(StrEnum):
     """The durable state of a transaction that has not ended."""
 
     OPEN = "open"

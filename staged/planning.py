@@ -10,7 +10,7 @@ In every mode the plan publishes all that is staged first, and then removes exac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from staged.errors import Conflict, Exists, InvalidInput, StagingError
@@ -82,7 +82,9 @@ def partitions_of(work: Work) -> tuple[str, ...]:
         return ()
     received = {entry.path.rpartition("/")[0] for entry in work.entries}
     if "" in received:
-        raise InvalidInput("Mode 'overwrite_partitions' takes no files at the root: each must lie in a partition's directory.")
+        raise InvalidInput(
+            "Mode 'overwrite_partitions' takes no files at the root: each must lie in a partition's directory."
+        )
     chosen = sorted(received if work.partitions is None else set(work.partitions))
     known = set(chosen)
     for partition in chosen:
@@ -136,7 +138,9 @@ def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Pla
         if namesake is None:
             continue
         if namesake.is_dir:
-            raise Conflict(f"{entry.path!r} is a directory in the target; a file cannot take its name.", retryable=False)
+            raise Conflict(
+                f"{entry.path!r} is a directory in the target; a file cannot take its name.", retryable=False
+            )
         if work.mode not in (*REPLACING, Mode.OVERWRITE_FILES):
             raise Exists(f"{entry.path!r} exists in the target; mode {work.mode.value!r} only adds new names.")
         replaces[entry.path] = namesake.identity
@@ -206,5 +210,3 @@ def _directories(names: Iterable[str]) -> set[str]:
 
 def _is_below(path: str, directory: str) -> bool:
     return path.startswith(directory + "/")
-
-

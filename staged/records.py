@@ -107,7 +107,9 @@ def decode(kind: type[T], body: bytes, key: str) -> T:
     header, newline, text = body.partition(b"\n")
     words = header.split(b" ")
     if not newline or len(words) != 4 or words[0] != b"staged" or not words[1].isdigit():
-        raise DamagedRecord(f"The control record {key!r} is not one of ours, or is truncated. Nothing was done with it.")
+        raise DamagedRecord(
+            f"The control record {key!r} is not one of ours, or is truncated. Nothing was done with it."
+        )
     if int(words[1]) > VERSION:
         raise DamagedRecord(
             f"The control record {key!r} has version {int(words[1])}; this is version {VERSION}. Upgrade `staged`."

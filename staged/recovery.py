@@ -45,9 +45,16 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
         if record.state is TxState.ABORTED:
             if not sole:
                 return Outcome(tx, "rolled_back")
-        elif await swap(
-            target.driver, record_key(tx), replace(record, state=TxState.ABORTED, nonce=states.new_id()), token
-        ) is None:
+        elif (
+            await swap(
+                target.driver,
+                record_key(tx),
+                replace(record, state=TxState.ABORTED, nonce=states.new_id()),
+                token,
+                durable=not record.block,
+            )
+            is None
+        ):
             continue
         outcome = Outcome(tx, "rolled_back", Receipt(tx, record.mode, "rolled_back", key=record.key))
         await target.driver.put_segment(outcome_key(tx), encode(outcome))
@@ -123,7 +130,7 @@ async def collect(target: Target, older_than: float) -> int:
     doomed: list[str] = []
     logs: dict[str, list[str]] = {}
     for key in await driver.list_control("log/"):
-        logs.setdefault(key.split("/")[1], []).append(key)
+        logs.setdefault(key.removeprefix("log/").partition("-")[0], []).append(key)
     outcomes = {key.split("/")[1] for key in await driver.list_control("outcome/")}
     for tx in sorted(logs.keys() | outcomes):
         # A live transaction has a record; one that ended wrote its outcome before its record went.

@@ -21,7 +21,7 @@ from anyio import to_thread
 from staged import paths
 from staged.control import Target
 from staged.driver import Writer
-from staged.errors import InvalidInput, StagedError, StagingError, StorageError, WrongState
+from staged.errors import InvalidInput, InvalidPath, StagedError, StagingError, StorageError, WrongState
 from staged.model import Entry, Staged
 from staged.observers import notify
 from staged.records import HandlesPart, encode
@@ -103,6 +103,7 @@ class Staging:
         self._target = target
         self._entries: dict[str, Entry] = {}  # by folded path, so that twins are seen
         self._writing: set[str] = set()
+        self._rows: dict[str, int] = {}
         self._nowhere = False
         self._handles = 0
         self._unlogged: list[str] = []
@@ -145,14 +146,11 @@ class Staging:
         return StagedFile(self, paths.parse(path), overwrite)
 
     @asynccontextmanager
-    async def path(self, path: str, *, overwrite: bool = False, rows: int | None = None) -> AsyncIterator[str]:
+    async def path(self, path: str, *, overwrite: bool = False) -> AsyncIterator[str]:
         """A real path, its parents made, for a library that writes to paths.
 
         A clean exit stages what is there; an exception discards it. The library must have closed the file by then: a
         writer that goes on would change what was sealed.
-
-        Args:
-            rows: The rows of the file, for the receipt.
 
         Raises:
             StagingError: No file was written there, or the store failed. Else as `write`.
@@ -166,7 +164,7 @@ class Staging:
                 yield local
                 if not await to_thread.run_sync(os.path.isfile, local):
                     raise StagingError(f"No file was written for {parsed!r}.", transaction=self.id)
-                await self._adopt(root, moves, [parsed], rows)
+                await self._adopt(root, moves, [parsed])
         finally:
             self._close(parsed)
 
@@ -187,10 +185,14 @@ class Staging:
                 for path in found:
                     self._open(path, overwrite)
                     opened.append(path)
-                await self._adopt(root, moves, found, None)
+                await self._adopt(root, moves, found)
             finally:
                 for path in opened:
                     self._close(path)
+
+    def count_rows(self, path: str, rows: int) -> None:
+        """Say how many rows a file has that is being written through `path` or `dir`, for the receipt."""
+        self._rows[path] = rows
 
     # ------------------------------------------------------------------------------------------------------ for the above
 
@@ -201,15 +203,18 @@ class Staging:
         self._check_staging()
         folded = paths.fold(path)
         if folded in self._writing:
-            raise WrongState(f"{path!r} is being written by another task of transaction {self.id}.", transaction=self.id)
+            raise WrongState(
+                f"{path!r} is being written by another task of transaction {self.id}.", transaction=self.id
+            )
         there = self._entries.get(folded)
         if there is not None and there.path != path:
-            raise paths.InvalidPath(
+            raise InvalidPath(
                 f"{path!r} differs from the staged {there.path!r} in case or Unicode form only.", transaction=self.id
             )
         if there is not None and not overwrite:
             raise WrongState(
-                f"{path!r} is staged already by transaction {self.id}; pass overwrite=True to replace it.", transaction=self.id
+                f"{path!r} is staged already by transaction {self.id}; pass overwrite=True to replace it.",
+                transaction=self.id,
             )
         self._writing.add(folded)
 
@@ -251,14 +256,14 @@ class Staging:
         self._check_staging()
         with self._errors(path):
             own = None if self._nowhere else await self._target.driver.scratch(self.id)
-        root = own or await to_thread.run_sync(tempfile.mkdtemp, "", "staged-")
+        root = own if own is not None else await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="staged-"))
         try:
             yield root, own is not None
         finally:
             with anyio.CancelScope(shield=True):
                 await to_thread.run_sync(lambda: shutil.rmtree(root, ignore_errors=True))
 
-    async def _adopt(self, root: str, moves: bool, found: list[str], rows: int | None) -> None:
+    async def _adopt(self, root: str, moves: bool, found: list[str]) -> None:
         """Stage files of a scratch directory."""
         if self._nowhere or not found:
             return
@@ -268,7 +273,7 @@ class Staging:
         else:
             entries = [await self._upload(path, os.path.join(root, *path.split("/"))) for path in found]
         for entry in entries:
-            await self._add(entry if rows is None else replace(entry, rows=rows))
+            await self._add(replace(entry, rows=self._rows.pop(entry.path, None)))
 
     async def _upload(self, path: str, local: str) -> Entry:
         with self._errors(path):
@@ -329,7 +334,9 @@ async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterato
         async for chunk in source:
             yield chunk
     else:
-        raise InvalidInput(f"{type(source).__name__} is neither an asynchronous iterable nor an open asynchronous file.")
+        raise InvalidInput(
+            f"{type(source).__name__} is neither an asynchronous iterable nor an open asynchronous file."
+        )
 
 
 def _walk(root: str) -> list[str]:

@@ -45,7 +45,13 @@ def hold(head: Head, transaction: str | None, owner: str) -> Head:
     """Take a head that is free, or whose holder is dead, before its decision."""
     _require(head, HeadState.FREE, HeadState.HELD)
     return replace(
-        head, epoch=head.epoch + 1, state=HeadState.HELD, transaction=transaction, owner=owner, plan=None, nonce=new_id()
+        head,
+        epoch=head.epoch + 1,
+        state=HeadState.HELD,
+        transaction=transaction,
+        owner=owner,
+        plan=None,
+        nonce=new_id(),
     )
 
 

@@ -72,7 +72,9 @@ def open_store(
     if not found or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         scheme, rest = "", text
     if scheme not in _DRIVERS:
-        raise Unsupported(f"There is no driver for {scheme}:// URLs; there are drivers for {', '.join(filter(None, _DRIVERS))}.")
+        raise Unsupported(
+            f"There is no driver for {scheme}:// URLs; there are drivers for {', '.join(filter(None, _DRIVERS))}."
+        )
     module, name = _DRIVERS[scheme]
     driver_class = getattr(importlib.import_module(module), name)
     try:
@@ -182,10 +184,8 @@ class Store:
         """The state of the target, and every transaction that has not ended. Changes nothing."""
         target = await self._probed()
         head, ledger = await read_both(target.driver)
-        found = []
-        for tx in sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")}):
-            if is_id(tx) and (record := await read_record(target.driver, tx)) is not None:
-                found.append(await self._status_of(target, record[0].id))
+        ids = sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")})
+        found = [await self._status_of(target, tx) for tx in ids if is_id(tx)]
         return Status(
             head=head.state,
             epoch=head.epoch,
@@ -314,6 +314,8 @@ class Store:
         return made[0]
 
     async def _status_of(self, target: Target, tx: str) -> TransactionStatus | None:
+        if await read_record(target.driver, tx) is None:
+            return None
         alive: bool | None = None
         if target.store.fence == "lock":
             # The lock is given back at once; asking is all that a look may do.

@@ -145,19 +145,19 @@ class MemoryDriver(Driver):
         found = self._storage.records.get(self._key(key))
         return None if found is None else Record(found[0], found[1])
 
-    async def cas(self, key: str, body: bytes, token: str | None) -> str | None:
+    async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
+        await self._step(f"swap {key}")
         found = self._storage.records.get(self._key(key))
         if (found[1] if found else None) != token:
             return None
-        await self._step(f"swap {key}")
         new = self._storage.new_identity()
         self._storage.records[self._key(key)] = (body, new, time.monotonic())
         return new
 
     async def put_segment(self, key: str, body: bytes) -> bool:
+        await self._step(f"put {key}")
         if self._key(key) in self._storage.records:
             return False
-        await self._step(f"put {key}")
         self._storage.records[self._key(key)] = (body, self._storage.new_identity(), time.monotonic())
         return True
 
@@ -167,9 +167,8 @@ class MemoryDriver(Driver):
 
     async def delete_control(self, keys: Sequence[str]) -> None:
         for key in keys:
-            if self._key(key) in self._storage.records:
-                await self._step(f"delete {key}")
-                self._storage.records.pop(self._key(key), None)
+            await self._step(f"delete {key}")
+            self._storage.records.pop(self._key(key), None)
 
     async def age(self, key: str) -> float | None:
         found = self._storage.records.get(self._key(key))
@@ -207,9 +206,8 @@ class MemoryDriver(Driver):
         staged = self._uploads(tx)
         # Only what is named is found again, as with uploads that no listing shows.
         for handle in sorted(handles):
-            if handle in staged:
-                await self._step(f"discard {handle}")
-                staged.pop(handle, None)
+            await self._step(f"discard {handle}")
+            staged.pop(handle, None)
         if not staged:
             self._storage.uploads.pop(self._key(tx), None)
 
@@ -222,46 +220,46 @@ class MemoryDriver(Driver):
             whole = next((there for there in self._storage.files if fold(there) == fold(whole)), whole)
         return whole, self._storage.files.get(whole)
 
-    async def list(
-        self, prefix: str = "", names: Collection[str] | None = None
-    ) -> AsyncIterator[Sequence[Listed]]:
+    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
         start = f"{join(self._path, prefix)}/"
         base = len(self._path) + 1
         files = {path[base:]: blob for path, blob in self._storage.files.items() if path.startswith(start)}
         found = [Listed(path, len(blob.data), blob.identity) for path, blob in sorted(files.items())]
         found += [Listed(key[base:], 0, "") for key in sorted(self._storage.records) if key.startswith(start)]
-        found += [Listed(path, 0, "", is_dir=True) for path in sorted({up for path in files for up in paths.parents(path)})]
+        found += [
+            Listed(path, 0, "", is_dir=True) for path in sorted({up for path in files for up in paths.parents(path)})
+        ]
         if names is not None:
             wanted = {fold(name) for name in names} if self._folds else set(names)
             found = [listed for listed in found if (fold(listed.path) if self._folds else listed.path) in wanted]
         for at in range(0, len(found), _PAGE):
             yield found[at : at + _PAGE]
 
-    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> list[Answer]:
+    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         return [await self._publish(self._uploads(tx), entry, replaces.get(entry.path)) for entry in entries]
 
     async def _publish(self, staged: dict[str, _Upload], entry: Entry, expected: str | None) -> Answer:
+        await self._step(f"publish {entry.path}")
         whole, there = self._at(entry.path)
         upload = staged.get(entry.handle)
         if upload is None or upload.blob is None:
             return Answer.ALREADY if there is not None and there.identity == entry.identity else Answer.LOST
         if there is not None and there.identity != expected:
             return Answer.FOREIGN
-        await self._step(f"publish {entry.path}")
         self._storage.files[whole] = upload.blob
         staged.pop(entry.handle, None)
         return Answer.DONE
 
-    async def remove(self, entries: Sequence[Listed]) -> list[Answer]:
+    async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         return [await self._remove(entry) for entry in entries]
 
     async def _remove(self, entry: Listed) -> Answer:
+        await self._step(f"remove {entry.path}")
         whole, there = self._at(entry.path)
         if there is None:
             return Answer.ALREADY
         if there.identity != entry.identity:
             return Answer.FOREIGN
-        await self._step(f"remove {entry.path}")
         del self._storage.files[whole]
         return Answer.DONE
 
@@ -279,33 +277,40 @@ class MemoryDriver(Driver):
         return Trees(f"tree-{tx}", self._tree())
 
     async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
-        storage, staged = self._storage, self._uploads(tx)
+        await self._step("swap: the old tree aside")
+        answer = self._swap_to_do(tx, trees)
+        if answer is not None:
+            return answer
+        if self._tree() is not None:
+            self._storage.aside[self._key(f"old/{old}")] = self._take()
+            if self._swap == "renames":
+                await self._step("swap: the new tree in")
+                answer = self._swap_to_do(tx, trees)
+                if answer is not None:
+                    return answer
+        staged = self._storage.uploads.pop(self._key(tx), {})
+        self._storage.files.update(
+            {join(self._path, upload.path): upload.blob for upload in staged.values() if upload.blob}
+        )
+        self._storage.trees[self._path] = trees.new
+        self._storage.trees[self._key(f"swapped/{tx}")] = trees.new
+        return Answer.DONE
+
+    def _swap_to_do(self, tx: str, trees: Trees) -> Answer | None:
+        """None where the swap, or its second half, is still to do."""
         now = self._tree()
         if now == trees.new:
             return Answer.ALREADY
-        if any(upload.blob is None for upload in staged.values()) or self._key(f"swapped/{tx}") in storage.trees:
+        if self._key(f"swapped/{tx}") in self._storage.trees:
             return Answer.LOST
-        if now is not None and now != trees.target:
-            return Answer.FOREIGN
-        if now is not None:
-            await self._step("swap: the old tree aside")
-            storage.aside[self._key(f"old/{old}")] = self._take()
-            storage.trees.pop(self._path, None)
-            if self._swap == "renames":
-                await self._step("swap: the new tree in")
-        else:
-            await self._step("swap: the new tree in")
-        storage.files.update({join(self._path, upload.path): upload.blob for upload in staged.values() if upload.blob})
-        storage.trees[self._path] = trees.new
-        storage.trees[self._key(f"swapped/{tx}")] = trees.new
-        storage.uploads.pop(self._key(tx), None)
-        return Answer.DONE
+        return Answer.FOREIGN if now not in (None, trees.target) else None
 
     def _take(self) -> dict[str, _Blob]:
         start = f"{self._path}/"
         taken = {path: blob for path, blob in self._storage.files.items() if path.startswith(start)}
         for path in taken:
             del self._storage.files[path]
+        self._storage.trees.pop(self._path, None)
         return taken
 
     async def trim(self, keep: int, older_than: float) -> int:

@@ -55,8 +55,8 @@ class FaultDriver(Driver):
     async def read(self, key: str) -> Record | None:
         return await self._through(f"read {key}", self.inner.read(key))
 
-    async def cas(self, key: str, body: bytes, token: str | None) -> str | None:
-        return await self._through(f"cas {key}", self.inner.cas(key, body, token))
+    async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
+        return await self._through(f"cas {key}", self.inner.cas(key, body, token, durable=durable))
 
     async def put_segment(self, key: str, body: bytes) -> bool:
         return await self._through(f"put_segment {key}", self.inner.put_segment(key, body))
@@ -85,7 +85,7 @@ class FaultDriver(Driver):
     async def scratch(self, tx: str) -> str | None:
         return await self._through("scratch", self.inner.scratch(tx))
 
-    async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> list[Entry]:
+    async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> Sequence[Entry]:
         return await self._through("adopt", self.inner.adopt(tx, root, paths))
 
     async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
@@ -94,10 +94,10 @@ class FaultDriver(Driver):
             yield page
         await self._gate(f"list {prefix}", "after")
 
-    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> list[Answer]:
+    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         return await self._through("publish", self.inner.publish(tx, entries, replaces))
 
-    async def remove(self, entries: Sequence[Listed]) -> list[Answer]:
+    async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         return await self._through("remove", self.inner.remove(entries))
 
     async def trees(self, tx: str) -> Trees:

@@ -1,0 +1,641 @@
+"""The `staged` command: load files into a store from a shell, look at a store, repair it.
+
+click and rich are loaded on use, so that `main` can name the extra where they are missing. What the commands do comes
+first, in functions that know nothing of click; `commands` gives them their options.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+
+import anyio
+import msgspec
+from anyio import to_thread
+
+from staged import paths
+from staged.errors import Busy, InvalidInput, StagedError
+from staged.lifecycle import Transaction
+from staged.model import Decided, Event, Mode, Outcome, Prepared, Receipt, Recovered, Resolve, Staged, Status
+from staged.observers import Observer
+from staged.states import Phase
+from staged.store import open_store
+
+if TYPE_CHECKING:
+    import click
+    from rich.console import Console
+    from rich.table import Table
+
+__all__ = ["commands", "main", "parse_duration", "receipt_table", "status_table"]
+
+T = TypeVar("T")
+
+_ERROR, _UNKNOWN, _INCOMPLETE, _BUSY, _INTERRUPTED = 1, 3, 4, 5, 130
+
+_EPILOG = """\b
+Exit codes:
+  0    done
+  1    an error; the target is untouched
+  2    wrong usage
+  3    the outcome is unknown: ask `staged outcome`, or `staged recover`
+  4    committed, but not complete, or blocked: `staged recover`
+  5    busy: another process holds it; try again
+  130  Ctrl-C; rolled back
+
+\b
+Errors are one message on stderr. With --json they are one JSON object there:
+  {"error": …, "message": …, "outcome": …, "transaction": …}
+"""
+
+# Files of one `put` that are staged at once: enough to hide latency, few enough to bound memory and open files.
+_TASKS = 8
+
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+
+
+def main() -> None:
+    """Run the `staged` command; ends the process with one of the codes that `staged --help` lists."""
+    try:
+        import click  # noqa: F401
+        import rich  # noqa: F401
+    except ModuleNotFoundError as missing:
+        print(f"The staged command needs {missing.name}: pip install 'staged[cli]'", file=sys.stderr)
+        sys.exit(_ERROR)
+    commands()(prog_name="staged")
+
+
+def parse_duration(text: str) -> timedelta:
+    """A length of time as a user writes it: `0`, `30s`, `15m`, `12h`, `7d`; a bare number is seconds.
+
+    Raises:
+        ValueError: It is written otherwise, or is too long.
+    """
+    found = re.fullmatch(r"([0-9]+)([smhd]?)", text)
+    if found is None:
+        raise ValueError(f"{text!r} is not a duration such as 0, 30s, 15m, 12h or 7d.")
+    try:
+        return timedelta(seconds=int(found[1]) * _UNITS[found[2]])
+    except OverflowError:
+        raise ValueError(f"{text!r} is too long a duration.") from None
+
+
+# ------------------------------------------------------------------------------------------------------------------ put
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One local file, and the path that it gets in the target."""
+
+    path: str
+    source: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What `put` was asked for."""
+
+    sources: tuple[str, ...]
+    url: str
+    mode: Mode
+    key: str | None
+    partitions: tuple[str, ...] | None
+    allow_empty: bool
+    durability: str | None
+    lock_timeout: float
+
+
+async def _put(load: _Load, opened: list[Transaction]) -> Receipt:
+    """Load the sources in one transaction, which is left in `opened` for whoever must say how it ended."""
+    files = await to_thread.run_sync(_collect, load.sources)
+    options: dict[str, object] = {} if load.durability is None else {"durability": load.durability}
+    with _bar(files) as observer:
+        async with open_store(load.url, observers=[observer], **options) as store:
+            async with store.staged_write(
+                load.mode,
+                key=load.key,
+                partitions=load.partitions,
+                allow_empty=load.allow_empty,
+                lock_timeout=load.lock_timeout,
+            ) as tx:
+                opened.append(tx)
+                if not (tx.done or tx.skipped):
+                    await _stage(tx, files)
+            return tx.receipt
+
+
+async def _stage(tx: Transaction, files: Sequence[_File]) -> None:
+    """Stage a few files at a time; the first error is raised as itself, and the others' writes are discarded."""
+    waiting = iter(files)
+
+    async def work() -> None:
+        for file in waiting:
+            await tx.put_file(file.path, source=file.source)
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            for _ in range(min(_TASKS, len(files))):
+                tasks.start_soon(work)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+def _collect(sources: Iterable[str]) -> list[_File]:
+    """Every file that the sources name: a file under its name, a directory's files under their paths within it."""
+    found: dict[str, _File] = {}
+    for source in sources:
+        for path, file in _walk(source):
+            info = os.stat(file)
+            if not stat.S_ISREG(info.st_mode):
+                # A pipe would be waited for, and a device never ends.
+                raise InvalidInput(f"{file!r} is not a regular file. Nothing was begun.")
+            if (twin := found.get(paths.parse(path))) is not None:
+                raise InvalidInput(f"{twin.source!r} and {file!r} would both become {path!r}. Nothing was begun.")
+            found[path] = _File(path, file, info.st_size)
+    return list(found.values())
+
+
+def _walk(source: str) -> Iterator[tuple[str, str]]:
+    if not os.path.isdir(source):
+        yield os.path.basename(os.path.abspath(source)), source
+        return
+    for directory, below, names in os.walk(source, onerror=_raise):
+        for name in below:
+            if os.path.islink(os.path.join(directory, name)):
+                # Following it could leave the source or run in circles, and to pass over it would lose files silently.
+                raise InvalidInput(
+                    f"{os.path.join(directory, name)!r} is a symbolic link to a directory; name the directory itself "
+                    "as a source. Nothing was begun."
+                )
+        below.sort()
+        for name in sorted(names):
+            file = os.path.join(directory, name)
+            yield os.path.relpath(file, source).replace(os.sep, "/"), file
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+@contextmanager
+def _bar(files: Sequence[_File]) -> Iterator[Observer]:
+    """A progress bar on stderr, where that is a terminal, driven by a store's events."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    console = _console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[done]}/{task.fields[files]} files", markup=False),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("staging", total=sum(file.size for file in files), done=0, files=len(files))
+
+        def observe(event: Event) -> None:
+            match event:
+                case Staged(entry=entry):
+                    progress.update(task, advance=entry.size, done=progress.tasks[0].fields["done"] + 1)
+                case Prepared():
+                    progress.update(task, description="waiting for the commit")
+                case Decided():
+                    progress.update(task, description="publishing")
+
+        yield observe
+
+
+# ------------------------------------------------------------------------------------------------ looking and repairing
+
+
+async def _status(url: str) -> Status:
+    async with open_store(url) as store:
+        return await store.status()
+
+
+async def _outcome(url: str, id: str) -> Outcome:
+    async with open_store(url) as store:
+        return await store.outcome(id)
+
+
+async def _recover(url: str, resolve: Resolve | None) -> Recovered:
+    async with open_store(url) as store:
+        return await store.recover(resolve=resolve)
+
+
+async def _recover_all(root: str, resolve: Resolve | None) -> list[tuple[str, Recovered | StagedError]]:
+    """Recover every target at or below a local directory; one that fails does not keep the others from it."""
+    done: list[tuple[str, Recovered | StagedError]] = []
+    for target in await to_thread.run_sync(_find_targets, root):
+        try:
+            done.append((target, await _recover(target, resolve)))
+        except StagedError as error:
+            done.append((target, error))
+    return done
+
+
+def _find_targets(root: str) -> list[str]:
+    """Every local target at or below a directory that has a control area: beside it, or within it."""
+    root = os.path.abspath(root)
+    parent, name = os.path.split(root)
+    found = [root] if _is_control(os.path.join(parent, paths.RESERVED, name)) else []
+    for directory, below, _ in os.walk(root, onerror=_raise):
+        if paths.RESERVED not in below:
+            continue
+        # Never descended into: what lies there is nobody's target.
+        below.remove(paths.RESERVED)
+        area = os.path.join(directory, paths.RESERVED)
+        for name in os.listdir(area):
+            if _is_control(os.path.join(area, name)):
+                # Under the reserved name once more lies the control area of the directory itself.
+                found.append(directory if name == paths.RESERVED else os.path.join(directory, name))
+    return sorted(set(found))
+
+
+def _is_control(directory: str) -> bool:
+    """A head lies there, or the record of a transaction that began before there was one."""
+    return os.path.isfile(os.path.join(directory, "head")) or os.path.isdir(os.path.join(directory, "tx"))
+
+
+async def _gc(url: str, older_than: timedelta) -> Recovered:
+    async with open_store(url) as store:
+        return await store.gc(older_than=older_than)
+
+
+# ------------------------------------------------------------------------------------------------------------- printing
+
+
+def receipt_table(receipt: Receipt) -> Table:
+    """A receipt, for people."""
+    phases = {
+        "done": "done before, under the same key",
+        "skipped": "skipped: the target is not empty",
+        "committing": "committed, not complete",
+        "rolled_back": "rolled back",
+    }
+    return _facts(
+        {
+            "transaction": receipt.id,
+            "mode": receipt.mode.value,
+            "phase": phases.get(receipt.phase, receipt.phase),
+            "key": receipt.key,
+            "files": f"{receipt.files:,}",
+            "rows": None if receipt.rows is None else f"{receipt.rows:,}",
+            "bytes": f"{receipt.bytes:,}",
+            "removed": "the old tree" if receipt.removed is None else f"{receipt.removed:,}",
+            "left in place": f"{receipt.left:,}" if receipt.left else None,
+            "staged in": _seconds(receipt.staging_seconds),
+            "committed in": _seconds(receipt.commit_seconds) if receipt.phase == "committed" else None,
+        }
+    )
+
+
+def status_table(status: Status) -> Table:
+    """The status of a store, for people."""
+    from rich import box
+    from rich.table import Table
+
+    last = status.last
+    facts = _facts(
+        {
+            "head": status.head.value,
+            "epoch": f"{status.epoch:,}",
+            "committing": status.committing,
+            "commits": f"{status.commits:,}",
+            "last commit": None if last is None else last.transaction + (f", key {last.key}" if last.key else ""),
+            "not ended": f"{len(status.transactions):,}",
+        }
+    )
+    if not status.transactions:
+        return facts
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("transaction", no_wrap=True)
+    for column in ("state", "mode", "by", "alive", "age", "key"):
+        table.add_column(column, overflow="fold")
+    for tx in status.transactions:
+        alive = "?" if tx.alive is None else "yes" if tx.alive else "no"
+        # The last part of an owner tells apart the transactions of one process; the first two find the process.
+        owner = tx.owner.rpartition(":")[0] or tx.owner
+        table.add_row(tx.id, tx.state.value, tx.mode.value, owner, alive, _age(tx.age), tx.key or "")
+    both = Table.grid()
+    both.add_row(facts)
+    both.add_row(table)
+    return both
+
+
+def _outcome_table(outcome: Outcome) -> Table:
+    facts = {
+        "transaction": outcome.id,
+        "state": outcome.state.replace("_", " "),
+        "epoch": None if outcome.epoch is None else f"{outcome.epoch:,}",
+        "previous": outcome.previous,
+    }
+    if (receipt := outcome.receipt) is not None:
+        facts |= {
+            "mode": receipt.mode.value,
+            "key": receipt.key,
+            "files": f"{receipt.files:,}",
+            "rows": None if receipt.rows is None else f"{receipt.rows:,}",
+            "bytes": f"{receipt.bytes:,}",
+        }
+    return _facts(facts)
+
+
+def _recovered_table(recovered: Recovered, target: str | None = None) -> Table:
+    return _facts(
+        {
+            "target": target,
+            "finished": ", ".join(recovered.finished) or "none",
+            "rolled back": ", ".join(recovered.rolled_back) or "none",
+            "prepared": ", ".join(recovered.prepared) or None,
+            "alive": ", ".join(recovered.alive) or None,
+            "collected": f"{recovered.collected:,}" if recovered.collected else None,
+        }
+    )
+
+
+def _facts(facts: dict[str, str | None]) -> Table:
+    """Names and values; what is not known or not there is left out."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if value is not None:
+            table.add_row(name, value)
+    return table
+
+
+def _seconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return "?"
+    for unit in ("d", "h", "m"):
+        if seconds >= _UNITS[unit]:
+            return f"{int(seconds // _UNITS[unit])}{unit}"
+    return f"{int(seconds)}s"
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    # Paths, keys and messages are shown as they are, whatever brackets and colons they hold.
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def _show(value: object, table: Callable[[], Table], as_json: bool) -> None:
+    if as_json:
+        print(msgspec.json.encode(value).decode())
+    else:
+        _console().print(table())
+
+
+# -------------------------------------------------------------------------------------------------------------- the end
+
+
+def _run(work: Callable[[], Awaitable[T]], as_json: bool, opened: Sequence[Transaction] = ()) -> T:
+    """Run a command to its end; whatever fails ends the process with one message and its code."""
+    try:
+        return anyio.run(work)
+    except KeyboardInterrupt:
+        _interrupted(as_json, opened)
+    except (StagedError, OSError) as error:
+        sys.exit(_report(error, as_json))
+
+
+def _report(error: StagedError | OSError, as_json: bool) -> int:
+    """Say on stderr what went wrong; returns the exit code."""
+    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    if isinstance(error, StagedError):
+        _complain(type(error).__name__, message, error.outcome, error.transaction, as_json)
+        return _code(error)
+    # The only files that commands touch by themselves are the sources of a load, before its commit.
+    _complain(type(error).__name__, message, "untouched", None, as_json)
+    return _ERROR
+
+
+def _code(error: StagedError) -> int:
+    if isinstance(error, Busy):
+        return _BUSY
+    return {"untouched": _ERROR, "committed": _INCOMPLETE, "unknown": _UNKNOWN}[error.outcome]
+
+
+def _interrupted(as_json: bool, opened: Sequence[Transaction]) -> NoReturn:
+    """After Ctrl-C: what it came to, which is a commit where that was decided already."""
+    tx = opened[0] if opened else None
+    if tx is None:
+        _complain("Interrupted", "Interrupted.", "untouched", None, as_json)
+        sys.exit(_INTERRUPTED)
+    if tx.phase is Phase.ROLLED_BACK:
+        message = f"Interrupted: transaction {tx.id} was rolled back, the target is untouched."
+        _complain("Interrupted", message, "untouched", tx.id, as_json)
+        sys.exit(_INTERRUPTED)
+    if tx.phase is Phase.COMMITTED:
+        print("Interrupted after the decision: the commit was completed.", file=sys.stderr)
+        _show(tx.receipt, lambda: receipt_table(tx.receipt), as_json)
+        sys.exit(0)
+    if tx.phase is Phase.INCOMPLETE:
+        message = f"Interrupted: transaction {tx.id} is committed, but not complete; `staged recover` completes it."
+        _complain("Interrupted", message, "committed", tx.id, as_json)
+        sys.exit(_INCOMPLETE)
+    message = f"Interrupted: how transaction {tx.id} ended is not known; ask `staged outcome`, or `staged recover`."
+    _complain("Interrupted", message, "unknown", tx.id, as_json)
+    sys.exit(_UNKNOWN)
+
+
+def _complain(error: str, message: str, outcome: str, transaction: str | None, as_json: bool) -> None:
+    if as_json:
+        fault = {"error": error, "message": message, "outcome": outcome, "transaction": transaction}
+        print(msgspec.json.encode(fault).decode(), file=sys.stderr)
+    else:
+        print(message if error == "Interrupted" else f"Error: {message}", file=sys.stderr)
+
+
+# --------------------------------------------------------------------------------------------------------- the commands
+
+
+def commands() -> click.Group:
+    """The click group behind `staged`; needs click and rich (extra `cli`)."""
+    import click
+
+    def duration(context: click.Context, parameter: click.Parameter, value: str) -> timedelta:
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            raise click.BadParameter(str(error)) from None
+
+    url = click.argument("url")
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+
+    @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+    def staged() -> None:
+        """Make a set of files appear in a directory or a bucket, all at once or not at all.
+
+        URL is a directory, such as /lake/flights, or the URL of another store.
+        """
+
+    @staged.command()
+    @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path(exists=True))
+    @url
+    @click.option(
+        "--mode",
+        required=True,
+        type=click.Choice([*(mode.value for mode in Mode), "overwrite"]),
+        help="What the commit does to the target; overwrite is full_drop.",
+    )
+    @click.option("--key", help="Names the work: a key that was committed before makes it do nothing.")
+    @click.option(
+        "--partition",
+        "partitions",
+        multiple=True,
+        metavar="P",
+        help="A directory to replace, for overwrite_partitions; repeatable. By default those that receive files.",
+    )
+    @click.option("--allow-empty", is_flag=True, help="Let a replacing mode remove everything, with nothing staged.")
+    @click.option(
+        "--durability",
+        type=click.Choice(["full", "none"]),
+        help="Whether what the decision rests on is synced; full by default.",
+    )
+    @click.option(
+        "--lock-timeout",
+        default="60s",
+        show_default=True,
+        metavar="DURATION",
+        callback=duration,
+        help="How long to wait for another writer's commit.",
+    )
+    @json_option
+    def put(
+        sources: tuple[str, ...],
+        url: str,
+        mode: str,
+        key: str | None,
+        partitions: tuple[str, ...],
+        allow_empty: bool,
+        durability: str | None,
+        lock_timeout: timedelta,
+        as_json: bool,
+    ) -> None:
+        """Load files and directories into a store, all or nothing.
+
+        A file is put under its name; the files of a directory keep their paths relative to it.
+        """
+        seconds = lock_timeout.total_seconds()
+        load = _Load(sources, url, Mode.parse(mode), key, partitions or None, allow_empty, durability, seconds)
+        opened: list[Transaction] = []
+        receipt = _run(lambda: _put(load, opened), as_json, opened)
+        _show(receipt, lambda: receipt_table(receipt), as_json)
+
+    @staged.command()
+    @url
+    @json_option
+    def status(url: str, as_json: bool) -> None:
+        """Show the state of a target; changes nothing.
+
+        Every transaction that has not ended is listed.
+        """
+        found = _run(lambda: _status(url), as_json)
+        _show(found, lambda: status_table(found), as_json)
+
+    @staged.command()
+    @url
+    @click.argument("id")
+    @json_option
+    def outcome(url: str, id: str, as_json: bool) -> None:
+        """Show how a transaction ended, or stands.
+
+        This changes nothing. The exit code is 0 where that is known, whatever it is, and 3 where the store has no trace of it.
+        """
+        found = _run(lambda: _outcome(url, id), as_json)
+        _show(found, lambda: _outcome_table(found), as_json)
+        sys.exit(_UNKNOWN if found.state == "unknown" else 0)
+
+    @staged.command()
+    @url
+    @click.option(
+        "--resolve",
+        type=click.Choice(["keep", "replace"]),
+        help="Where a foreign thing blocks a decided commit: keep that thing, or replace it.",
+    )
+    @click.option("--recursive", is_flag=True, help="Recover every target at or below a local directory.")
+    @json_option
+    def recover(url: str, resolve: str | None, recursive: bool, as_json: bool) -> None:
+        """Finish or undo what a dead process left.
+
+        What it decided is completed, what it left undecided is rolled back. Live transactions, and those that were
+        prepared for others to resume, are left alone. With --recursive, one target that fails does not keep the others from it; the exit code is the first failure's.
+        """
+        chosen = cast("Resolve | None", resolve)
+        if not recursive:
+            done = _run(lambda: _recover(url, chosen), as_json)
+            _show(done, lambda: _recovered_table(done), as_json)
+            return
+        root = url.removeprefix("file://")
+        if not os.path.isdir(root):
+            raise click.UsageError(f"--recursive goes with a local directory, and {url!r} is none.")
+        results = _run(lambda: _recover_all(root, chosen), as_json)
+        recovered = [(target, result) for target, result in results if isinstance(result, Recovered)]
+        if as_json:
+            objects = [{"target": target, **msgspec.to_builtins(result)} for target, result in recovered]
+            print(msgspec.json.encode({"targets": objects}).decode())
+        else:
+            for target, result in recovered:
+                _console().print(_recovered_table(result, target))
+            if not results:
+                print(f"There is no target at or below {root}.")
+        codes = [_report(result, as_json) for _, result in results if isinstance(result, StagedError)]
+        sys.exit(codes[0] if codes else 0)
+
+    @staged.command()
+    @url
+    @click.option(
+        "--older-than",
+        default="7d",
+        show_default=True,
+        metavar="DURATION",
+        callback=duration,
+        help="The age at which something is old: 0, 30s, 15m, 12h, 7d.",
+    )
+    @json_option
+    def gc(url: str, older_than: timedelta, as_json: bool) -> None:
+        """Recover, then collect what is old.
+
+        That is: abandoned and prepared transactions, outcomes, and trees put aside.
+        """
+        done = _run(lambda: _gc(url, older_than), as_json)
+        _show(done, lambda: _recovered_table(done), as_json)
+
+    @staged.command()
+    @click.argument("directory", default="./lake", type=click.Path(file_okay=False))
+    @json_option
+    def demo(directory: str, as_json: bool) -> None:
+        """Put the promises to the test on real data.
+
+        The flights of 2013 are loaded into DIRECTORY (./lake by default), corrected while readers count, broken off and
+        killed. DIRECTORY must be absent, empty, or an earlier demo's. The exit code is 0 where every promise held.
+        """
+        try:
+            from staged import demo as show
+
+            lines = _run(lambda: show.run(directory, _console(stderr=as_json)), as_json)
+        except ModuleNotFoundError as missing:
+            print(f"The demo needs {missing.name}: pip install 'staged[demo]'", file=sys.stderr)
+            sys.exit(_ERROR)
+        held = all(line.true for line in lines)
+        _show({"ok": held, "lines": lines}, lambda: show.table(lines), as_json)
+        sys.exit(0 if held else _ERROR)
+
+    return staged

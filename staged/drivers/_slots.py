@@ -1,0 +1,65 @@
+"""A small record that is replaced in place, by turns in one of two slots of a file.
+
+A slot is a line and a body: `slot <sequence> <length> <sha256>\\n`. A write goes to the slot that is not current, so that a
+torn one leaves the other; a reader takes the valid slot with the higher sequence. Writing in place needs no commit of the
+file system's journal: on ext4 that is an order of magnitude faster than a new file renamed over the old.
+
+Writers exclude each other by a lock of their own; readers need none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+from staged.errors import StorageError
+
+__all__ = ["is_plain", "read", "token", "write"]
+
+SLOT = 128 * 1024
+"""Bytes from one slot to the next; the file is sparse."""
+_LINE = 128
+_MAGIC = b"slot "
+_PLAIN = b"staged "
+
+
+def token(body: bytes) -> str:
+    """What identifies a body: bodies carry a nonce, so that no two are equal."""
+    return hashlib.sha256(body).hexdigest()
+
+
+def is_plain(file: int) -> bool:
+    """Whether a file is a segment, which is written once, and not one of these."""
+    return os.pread(file, len(_PLAIN), 0) == _PLAIN
+
+
+def read(file: int) -> bytes:
+    """The current body; empty where there was none yet."""
+    return _current(file)[1]
+
+
+def write(file: int, body: bytes) -> None:
+    """Put a body in place of the current one; not durable before the file is synced."""
+    sequence = _current(file)[0] + 1
+    line = _MAGIC + f"{sequence} {len(body)} {token(body)}\n".encode()
+    if len(body) > SLOT - _LINE:
+        raise StorageError(f"A record of {len(body)} bytes is too large.")
+    data = line.ljust(_LINE, b" ") + body
+    if os.pwrite(file, data, sequence % 2 * SLOT) != len(data):
+        raise StorageError("A record could not be written whole: the disk may be full.")
+
+
+def _current(file: int) -> tuple[int, bytes]:
+    return max(_slot(file, 0), _slot(file, SLOT))
+
+
+def _slot(file: int, at: int) -> tuple[int, bytes]:
+    head = os.pread(file, 4096, at)
+    words = head[:_LINE].split()
+    if len(words) != 4 or not head.startswith(_MAGIC) or not words[1].isdigit() or not words[2].isdigit():
+        return 0, b""
+    length = int(words[2])
+    body = head[_LINE : _LINE + length]
+    if len(body) < length <= SLOT:
+        body += os.pread(file, length - len(body), at + len(head))
+    return (int(words[1]), body) if token(body).encode() == words[3] else (0, b"")
