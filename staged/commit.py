@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -405,13 +406,15 @@ async def make_plan(target: Target, tx: str, work: Work) -> Plan:
     scope = planning.scope(work)
     listing: list[Listed] = []
     for prefix in scope.prefixes:
-        async for page in target.driver.list(prefix):
-            listing += page
-            if scope.until_first_file and any(not listed.is_dir for listed in page):
-                break
+        async with aclosing(target.driver.list(prefix)) as pages:
+            async for page in pages:
+                listing += page
+                if scope.until_first_file and any(not listed.is_dir for listed in page):
+                    break
     if scope.names:
-        async for page in target.driver.list(names=scope.names):
-            listing += page
+        async with aclosing(target.driver.list(names=scope.names)) as pages:
+            async for page in pages:
+                listing += page
     return planning.make_plan(work, listing, target.store)
 
 
@@ -592,11 +595,9 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> int:
         if stuck:
             await held.check()
             if resolve == "replace":
-                names = [entry.path for entry, _ in stuck]
-                there = {
-                    listed.path: listed.identity async for page in target.driver.list(names=names) for listed in page
-                }
                 retry = [entry for entry, _ in stuck]
+                async with aclosing(target.driver.list(names=[entry.path for entry in retry])) as pages:
+                    there = {listed.path: listed.identity async for page in pages for listed in page}
                 stuck = _stuck(retry, await target.driver.publish(tx, retry, there))
             foreign = [entry for entry, answer in stuck if answer is Answer.FOREIGN]
             if stuck and (resolve is None or (resolve == "replace" and foreign)):

@@ -18,7 +18,7 @@ Contracts of every method:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,7 +152,7 @@ class Driver(ABC):
     # -------------------------------------------------------------------------------------------------------- the target
 
     @abstractmethod
-    def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
+    def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
         """What is below a directory of the target, in pages, without any control area of this target.
 
         Args:

@@ -22,7 +22,7 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -83,9 +83,9 @@ class LocalDriver(Driver):
             raise InvalidInput(f'durability is "full" or "none", not {durability!r}.')
         if not path or "\0" in path:
             raise InvalidInput("A local target is the path of a directory.")
-        self.url = os.path.abspath(path)
+        self.url = _absolute(path)
         self._durable = durability == "full"
-        self._staging = None if staging is None else os.path.abspath(staging)
+        self._staging = None if staging is None else _absolute(os.fspath(staging))
         self._found: _Site | None = None
         self._finding = threading.Lock()
         self._held: dict[str, CountedLock] = {}
@@ -472,7 +472,7 @@ class LocalDriver(Driver):
 
     # -------------------------------------------------------------------------------------------------------- the target
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
+    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
         yield await self._run(lambda: self._list(prefix) if names is None else self._look_up(names))
 
     def _list(self, prefix: str) -> Sequence[Listed]:
@@ -737,6 +737,11 @@ class _Held:
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _absolute(path: str) -> str:
+    """Made absolute when the store is opened; links are resolved on first use, in a thread."""
+    return path.rstrip("/") or "/" if path.startswith("/") else os.path.join(os.getcwd(), path.rstrip("/"))
 
 
 def _lease(tx: str) -> str:

@@ -7,7 +7,7 @@ protocol is explored for each of their kinds before their drivers are written.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -220,7 +220,7 @@ class MemoryDriver(Driver):
             whole = next((there for there in self._storage.files if fold(there) == fold(whole)), whole)
         return whole, self._storage.files.get(whole)
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
+    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
         start = f"{join(self._path, prefix)}/"
         base = len(self._path) + 1
         files = {path[base:]: blob for path, blob in self._storage.files.items() if path.startswith(start)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
 from typing import Literal, TypeVar
 
 from staged.driver import Driver, Lock, LogHandle, Record, Writer
@@ -88,10 +89,11 @@ class FaultDriver(Driver):
     async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> Sequence[Entry]:
         return await self._through("adopt", self.inner.adopt(tx, root, paths))
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncIterator[Sequence[Listed]]:
+    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
         await self._gate(f"list {prefix}", "before")
-        async for page in self.inner.list(prefix, names):
-            yield page
+        async with aclosing(self.inner.list(prefix, names)) as pages:
+            async for page in pages:
+                yield page
         await self._gate(f"list {prefix}", "after")
 
     async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:

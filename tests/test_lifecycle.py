@@ -1,0 +1,455 @@
+"""The life of a transaction: how blocks end, what outlives a process, what is done only once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+
+import aiofiles
+import anyio
+import pytest
+
+from staged import (
+    Busy,
+    Conflict,
+    InvalidInput,
+    InvalidPath,
+    StagedError,
+    StagingError,
+    Unsupported,
+    ValidationFailed,
+    WrongState,
+    open_store,
+)
+from staged.drivers.local import LocalDriver
+from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.model import Decided, Event, Finished, Prepared, Published, Staged
+from staged.store import Store
+
+pytestmark = pytest.mark.anyio
+
+
+class World:
+    """One target that several processes open."""
+
+    def __init__(self, kind: str, root: str) -> None:
+        self.kind, self.root, self.storage = kind, root, MemoryStorage()
+
+    def process(self, observers: tuple[Callable[[Event], None], ...] = ()) -> Store:
+        if self.kind == "local":
+            return open_store(LocalDriver(f"{self.root}/target", durability="none"), observers=observers)
+        return open_store(MemoryDriver(storage=self.storage), observers=observers)
+
+    def files(self) -> dict[str, bytes]:
+        if self.kind == "memory":
+            return self.storage.below("target")
+        found = {}
+        for directory, _, files in os.walk(f"{self.root}/target"):
+            for name in files:
+                path = os.path.join(directory, name)
+                with open(path, "rb") as file:
+                    found[os.path.relpath(path, f"{self.root}/target")] = file.read()
+        return found
+
+    def leftovers(self) -> list[str]:
+        """Staging that belongs to no transaction that could still be resumed."""
+        if self.kind == "memory":
+            return [*self.storage.uploads, *(key for key in self.storage.records if "/tx/" in key), *self.storage.locks]
+        transactions = f"{self.root}/_staged/target/tx"
+        return os.listdir(transactions) if os.path.isdir(transactions) else []
+
+
+@pytest.fixture(params=["memory", "local"])
+def world(request: pytest.FixtureRequest, tmp_path: os.PathLike[str]) -> World:
+    return World(request.param, str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------ how a block ends
+
+
+async def test_an_exception_of_the_users_leaves_the_block_unchanged_and_the_target_as_it_was(world: World) -> None:
+    store = world.process()
+    mine = KeyError("mine")
+    with pytest.raises(KeyError) as caught:
+        async with store.staged_write("append") as tx:
+            await tx.write("a", b"1")
+            raise mine
+    assert caught.value is mine
+    assert not hasattr(mine, "__notes__")
+    assert tx.receipt.phase == "rolled_back"
+    assert (await anyio.to_thread.run_sync(world.files), await anyio.to_thread.run_sync(world.leftovers)) == ({}, [])
+
+
+async def test_a_cancelled_block_rolls_back_and_goes_on_being_cancelled(world: World) -> None:
+    store = world.process()
+    with anyio.CancelScope() as scope:
+        async with store.staged_write("append") as tx:
+            await tx.write("a", b"1")
+            scope.cancel()
+            await anyio.sleep(1)
+    assert scope.cancelled_caught
+    assert tx.receipt.phase == "rolled_back"
+    assert (await anyio.to_thread.run_sync(world.files), await anyio.to_thread.run_sync(world.leftovers)) == ({}, [])
+
+
+async def test_a_cancellation_after_the_decision_completes_and_is_raised(world: World) -> None:
+    with anyio.CancelScope() as scope:
+
+        def cancel(event: Event) -> None:
+            if isinstance(event, Decided):
+                scope.cancel()
+
+        async with world.process((cancel,)).staged_write("append") as tx:
+            await tx.write("a", b"1")
+    assert scope.cancelled_caught
+    assert tx.receipt.phase == "committed"
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+async def test_a_cancellation_before_the_decision_leaves_the_target_as_it_was(world: World) -> None:
+    with anyio.CancelScope() as scope:
+
+        def cancel(event: Event) -> None:
+            if isinstance(event, Prepared):
+                scope.cancel()
+
+        async with world.process((cancel,)).staged_write("append") as tx:
+            await tx.write("a", b"1")
+    assert scope.cancelled_caught
+    # Over memory nothing is ever waited for: the commit is over before a cancellation can be delivered.
+    ended = {"local": ("rolled_back", {}), "memory": ("committed", {"a": b"1"})}[world.kind]
+    assert (tx.receipt.phase, await anyio.to_thread.run_sync(world.files)) == ended
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_native_cancellation_twice_changes_nothing_about_it(world: World) -> None:
+    cancels: list[asyncio.Task[None]] = []
+
+    def cancel(event: Event) -> None:
+        if isinstance(event, (Decided, Published)):
+            cancels[0].cancel()
+
+    receipts = []
+
+    async def work() -> None:
+        async with world.process((cancel,)).staged_write("append") as tx:
+            receipts.append(tx)
+            await tx.write("a", b"1")
+
+    cancels.append(asyncio.create_task(work()))
+    with pytest.raises(asyncio.CancelledError):
+        await cancels[0]
+    assert receipts[0].receipt.phase == "committed"
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+async def test_waiting_for_a_busy_target_ends_at_once_when_cancelled(world: World) -> None:
+    first, second = world.process(), world.process()
+    entered, leave = anyio.Event(), anyio.Event()
+
+    async def hold(entries: object) -> None:
+        pass
+
+    held = await first._driver.probe()
+    lock = await first._driver.lock("lock")
+    assert held.fence == "lock"
+    assert lock is not None
+    with anyio.move_on_after(0.2) as scope:
+        async with second.staged_write("append", lock_timeout=600) as tx:
+            await tx.write("a", b"1")
+    assert scope.cancelled_caught
+    assert tx.receipt.phase == "rolled_back"
+    with pytest.raises(Busy):
+        async with second.staged_write("append", lock_timeout=0) as tx:
+            await tx.write("a", b"1")
+    assert tx.receipt.phase == "rolled_back"
+    lock.release()
+    del entered, leave, hold
+
+
+async def test_a_finished_transaction_refuses_writes_and_closes_twice_without_harm(world: World) -> None:
+    store = world.process()
+    tx = await store.begin("append")
+    await tx.write("a", b"1")
+    receipt = await tx.commit()
+    assert await tx.commit() == receipt
+    with pytest.raises(WrongState):
+        await tx.write("b", b"1")
+    with pytest.raises(WrongState):
+        await tx.rollback()
+    other = await store.begin("append")
+    await other.rollback()
+    await other.rollback()
+    with pytest.raises(WrongState):
+        await other.commit()
+    await store.aclose()
+    await store.aclose()
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+async def test_the_receipt_is_refused_until_the_end(world: World) -> None:
+    async with world.process().staged_write("append") as tx:
+        with pytest.raises(WrongState):
+            _ = tx.receipt
+
+
+# ------------------------------------------------------------------------------------------------------------- staging
+
+
+async def test_many_tasks_stage_at_once(world: World) -> None:
+    async with world.process().staged_write("append") as tx:
+        async with anyio.create_task_group() as tasks:
+            for n in range(50):
+                tasks.start_soon(tx.write, f"d{n % 3}/f{n}", str(n))
+    assert tx.receipt.files == 50
+    assert await anyio.to_thread.run_sync(world.files) == {f"d{n % 3}/f{n}": str(n).encode() for n in range(50)}
+
+
+async def test_a_path_staged_twice_is_an_error_unless_it_overwrites(world: World) -> None:
+    store = world.process()
+    async with store.staged_write("append") as tx:
+        await tx.write("a", b"1")
+        with pytest.raises(WrongState):
+            await tx.write("a", b"2")
+        with pytest.raises(InvalidPath):
+            await tx.write("A", b"2")
+        await tx.write("a", b"3", overwrite=True)
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"3"}
+    assert tx.receipt.files == 1
+
+
+async def test_finishing_while_a_write_is_open_is_an_error_before_the_decision(world: World) -> None:
+    store = world.process()
+    with pytest.raises(WrongState):
+        async with store.staged_write("append") as tx:
+            await tx.open("a").__aenter__()
+    assert tx.receipt.phase == "rolled_back"
+    assert await anyio.to_thread.run_sync(world.files) == {}
+
+
+async def test_a_write_that_fails_leaves_nothing_and_what_was_staged_before_stays(world: World) -> None:
+    async def breaks() -> AsyncIterator[bytes]:
+        yield b"x" * (3 << 20)
+        raise OSError("source")
+
+    async with world.process().staged_write("append") as tx:
+        await tx.write("a", b"1")
+        with pytest.raises(OSError, match="source"):
+            await tx.put_stream("a", breaks(), overwrite=True)
+        with pytest.raises(OSError, match="source"):
+            await tx.put_stream("b", breaks())
+        with pytest.raises(ZeroDivisionError):
+            async with tx.path("c") as local:
+                await anyio.Path(local).write_bytes(b"half")
+                raise ZeroDivisionError
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+async def test_bytes_text_files_streams_and_paths_are_staged_alike(world: World, tmp_path: os.PathLike[str]) -> None:
+    source = anyio.Path(tmp_path) / "source"
+    data = os.urandom(2_500_000)
+    await source.write_bytes(data)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(0, len(data), 300_000):
+            yield data[at : at + 300_000]
+
+    async with world.process().staged_write("append") as tx:
+        await tx.write("text", "é")
+        await tx.put_file("d/file", source=source)
+        await tx.put_stream("d/stream", chunks())
+        async with await anyio.open_file(source, "rb") as file:
+            await tx.put_stream("d/anyio", file)
+        async with tx.path("e/path.bin") as local:
+            await anyio.Path(local).write_bytes(data)
+        async with tx.dir("many") as directory:
+            await (anyio.Path(directory) / "x").mkdir()
+            await (anyio.Path(directory) / "x" / "one").write_bytes(data)
+    files = await anyio.to_thread.run_sync(world.files)
+    assert files.pop("text") == "é".encode()
+    assert files == dict.fromkeys(["d/file", "d/stream", "d/anyio", "e/path.bin", "many/x/one"], data)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_open_file_of_aiofiles_is_a_stream(world: World, tmp_path: os.PathLike[str]) -> None:
+    source = anyio.Path(tmp_path) / "source"
+    await source.write_bytes(b"a\nb\n" * 1000)
+    async with aiofiles.open(source, "rb") as file, world.process().staged_write("append") as tx:
+        await tx.put_stream("a", file)
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"a\nb\n" * 1000}
+
+
+async def test_a_check_that_refuses_leaves_the_target_untouched(world: World) -> None:
+    async def no_big_files(entries: object) -> None:
+        raise ValueError("too big")
+
+    with pytest.raises(ValidationFailed, match=r"no_big_files.*too big") as caught:
+        async with world.process().staged_write("append", validate=[no_big_files]) as tx:
+            await tx.write("a", b"1")
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert tx.receipt.phase == "rolled_back"
+
+
+# --------------------------------------------------------------------------------------------------- across processes
+
+
+async def test_what_a_caller_prepared_is_left_alone_by_recover_and_resumed_by_another_process(world: World) -> None:
+    first = world.process()
+    tx = await first.begin("append", key="k", meta={"watermark": 7})
+    await tx.write("d/a", b"1")
+    await tx.write("b", b"2")
+    await tx.prepare()
+    second = world.process()
+    with pytest.raises(Busy):
+        await second.resume(tx.id)
+    assert (await second.recover()).alive == (tx.id,)
+    await first.aclose()
+    assert (await second.recover()).prepared == (tx.id,)
+    assert (await second.outcome(tx.id)).state == "prepared"
+    resumed = await second.resume(tx.id)
+    receipt = await resumed.commit()
+    assert (receipt.files, receipt.key) == (2, "k")
+    assert await anyio.to_thread.run_sync(world.files) == {"d/a": b"1", "b": b"2"}
+    assert await second.meta() == {"watermark": 7}
+    with pytest.raises(WrongState):
+        await second.resume(tx.id)
+
+
+async def test_a_prepared_transaction_survives_a_busy_target_and_commits_later(world: World) -> None:
+    store, other = world.process(), world.process()
+    tx = await store.begin("append", lock_timeout=0)
+    await tx.write("a", b"1")
+    await tx.prepare()
+    await other.capabilities()
+    lock = await other._driver.lock("lock")
+    assert lock is not None
+    with pytest.raises(Busy):
+        await tx.commit()
+    lock.release()
+    await tx.commit()
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+async def test_work_done_twice_under_one_key_is_done_once(world: World) -> None:
+    store = world.process()
+    for attempt in range(2):
+        async with store.staged_write("append", key="2026-11-23T05", meta={"n": attempt}) as tx:
+            await tx.write(f"a{attempt}", b"1")
+        assert tx.done == bool(attempt)
+        assert tx.receipt.phase == ("done" if attempt else "committed")
+    assert await anyio.to_thread.run_sync(world.files) == {"a0": b"1"}
+    assert await store.meta() == {"n": 0}
+    # Begun before the other's commit: found under the head.
+    late = await store.begin("append", key="k")
+    await late.write("late", b"1")
+    async with store.staged_write("append", key="k") as tx:
+        await tx.write("early", b"1")
+    assert (await late.commit()).phase == "done"
+    assert late.done
+    assert await anyio.to_thread.run_sync(world.files) == {"a0": b"1", "early": b"1"}
+
+
+async def test_an_append_that_another_commit_overtook_on_its_names_is_a_conflict(world: World) -> None:
+    store = world.process()
+    slow = await store.begin("overwrite_files")
+    await slow.write("a", b"slow")
+    async with store.staged_write("overwrite_files") as tx:
+        await tx.write("a", b"fast")
+    with pytest.raises(Conflict) as caught:
+        await slow.commit()
+    assert caught.value.retryable
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"fast"}
+
+
+async def test_gc_at_zero_leaves_the_target_and_nothing_else_but_keeps_the_keys(world: World) -> None:
+    store = world.process()
+    for n in range(3):
+        async with store.staged_write("full_drop", key=f"k{n}") as tx:
+            await tx.write(f"a{n}", b"1")
+    stale = await store.begin("append")
+    await stale.write("b", b"1")
+    await stale.prepare()
+    await store.aclose()
+    store = world.process()
+    collected = await store.gc(older_than=timedelta(0))
+    assert stale.id in collected.rolled_back
+    assert (await anyio.to_thread.run_sync(world.files), await anyio.to_thread.run_sync(world.leftovers)) == (
+        {"a2": b"1"},
+        [],
+    )
+    async with store.staged_write("full_drop", key="k0") as tx:
+        pass
+    assert tx.done
+    assert (await store.outcome(stale.id)).state == "unknown"
+
+
+async def test_require_refuses_what_the_store_does_not_promise_before_anything_is_begun(world: World) -> None:
+    store = world.process()
+    with pytest.raises(Unsupported, match="one_generation"):
+        async with store.staged_write("append", require=["one_generation"]):
+            pytest.fail("the block was entered")
+    async with store.staged_write("full_drop", require=["one_generation", "fenced"]) as tx:
+        await tx.write("a", b"1")
+
+
+async def test_observers_hear_everything_in_order_and_one_that_fails_harms_nothing(world: World) -> None:
+    heard: list[Event] = []
+
+    def fails(event: Event) -> None:
+        raise RuntimeError
+
+    async with world.process((fails, heard.append)).staged_write("append") as tx:
+        await tx.write("a", b"12")
+        await tx.write("b", b"3")
+    kinds = [type(event) for event in heard]
+    assert kinds == [Staged, Staged, Prepared, Decided, Published, Finished]
+    assert isinstance(heard[2], Prepared)
+    assert (heard[2].files, heard[2].bytes) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "nope"},
+        {"mode": "append", "key": ""},
+        {"mode": "append", "key": "x" * 257},
+        {"mode": "append", "meta": {"a": object()}},
+        {"mode": "append", "meta": {"a": "x" * 20_000}},
+        {"mode": "append", "partitions": ["a"]},
+        {"mode": "overwrite_partitions", "partitions": ["../a"]},
+        {"mode": "append", "keep_old": -1},
+    ],
+)
+async def test_a_wrong_option_is_refused_before_anything_is_begun(world: World, options: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        world.process().staged_write(**options)  # type: ignore[arg-type]
+
+
+Step = Callable[[Store], Awaitable[object]]
+
+
+async def test_a_closed_store_refuses_work(world: World) -> None:
+    store = world.process()
+    open_one = await store.begin("append")
+    await open_one.write("a", b"1")
+    await store.aclose()
+    assert open_one.receipt.phase == "rolled_back"
+    with pytest.raises(WrongState):
+        await store.begin("append")
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
+async def test_errors_of_staging_leave_the_block_usable(world: World) -> None:
+    async with world.process().staged_write("append") as tx:
+        with pytest.raises(InvalidPath):
+            await tx.write("../a", b"1")
+        with pytest.raises(StagingError):
+            async with tx.path("nothing"):
+                pass
+        with pytest.raises(StagedError):
+            await tx.put_stream("b", 5)  # type: ignore[arg-type]
+        await tx.write("a", b"1")
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
