@@ -557,7 +557,8 @@ def commands() -> click.Group:
     def outcome(url: str, id: str, as_json: bool) -> None:
         """Show how a transaction ended, or stands.
 
-        This changes nothing. The exit code is 0 where that is known, whatever it is, and 3 where the store has no trace of it.
+        This changes nothing. The exit code is 0 where that is known, whatever it is, and 3 where the store has no trace
+        of it.
         """
         found = _run(lambda: _outcome(url, id), as_json)
         _show(found, lambda: _outcome_table(found), as_json)
@@ -576,7 +577,9 @@ def commands() -> click.Group:
         """Finish or undo what a dead process left.
 
         What it decided is completed, what it left undecided is rolled back. Live transactions, and those that were
-        prepared for others to resume, are left alone. With --recursive, one target that fails does not keep the others from it; the exit code is the first failure's.
+        prepared for others to resume, are left alone.
+
+        With --recursive, one target that fails does not keep the others from it; the exit code is the first failure's.
         """
         chosen = cast("Resolve | None", resolve)
         if not recursive:

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from anyio import to_thread
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from staged.cli import status_table
@@ -247,7 +247,6 @@ class _Show:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TextColumn("months, {task.fields[state]}"),
-            TimeElapsedColumn(),
             console=console,
         )
         self._directory = directory
@@ -366,7 +365,7 @@ class _Show:
                 and outcome.state == "rolled_back"
                 and before == await self._fingerprint()
             )
-            story = f"prepared by a dead process; recover rolled {len(recovered.rolled_back)} back; the old year"
+            story = f"a dead process had prepared it; recover rolled back {len(recovered.rolled_back)}; the old year"
         else:
             self._revision += 1
             true = (
@@ -376,10 +375,10 @@ class _Show:
                 and outcome.receipt is not None
                 and _is_whole_load(outcome.receipt)
             )
-            story = f"decided by a dead process; recover finished {len(recovered.finished)}; the whole new year"
+            story = f"a dead process had decided it; recover finished {len(recovered.finished)}; the new year"
         self._add(
             f"a load killed {when} the decision",
-            f"{story}: {_describe(seen)}",
+            f"{story}{'' if self._is_current(seen) else ' is NOT there'}: {_describe(seen)}",
             died and true and not left and self._is_current(seen),
         )
 
@@ -411,10 +410,11 @@ class _Show:
         names = await to_thread.run_sync(_list, self._directory)
         counted = await to_thread.run_sync(lambda: pq.read_table(self._directory, columns=[_REVISION]).num_rows)
         seen = await self._seen()
+        alone = names == [_name(month) for month in _MONTHS]
         self._add(
             "at the end",
-            f"{_describe(seen)}; nothing else lies there",
-            names == [_name(month) for month in _MONTHS] and counted == FLIGHTS and self._is_current(seen),
+            f"{_describe(seen)}; {'nothing' if alone else 'SOMETHING'} else lies there; pyarrow counts {counted:,}",
+            alone and counted == FLIGHTS and self._is_current(seen),
         )
 
     # ---------------------------------------------------------------------------------------------------- for the above

@@ -106,7 +106,8 @@ def check(target: str, prior: Files, new: Files) -> None:
             await store.recover()
             after = read_back(target)
             assert after == (new if decided else prior), f"decided={decided}, but after recover there is {after}"
-            left = os.listdir(f"{os.path.dirname(target)}/_staged/target/tx")
+            transactions = f"{os.path.dirname(target)}/_staged/target/tx"
+            left = os.listdir(transactions) if os.path.exists(transactions) else []
             assert left == [], f"after recover there is left {left}"
             async with store.staged_write("append", lock_timeout=0) as tx:
                 await tx.write("next", b"next")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections.abc import Callable
@@ -127,8 +126,78 @@ def test_any_walk_of_the_head_keeps_the_rules_of_takeover_and_decision(figure: F
 
 # ------------------------------------------------------------------------------------------------------- the transaction
 
-NEXT = {
-    now: {then for then in Phase if not _raises}  # filled in below
-    for now in Phase
-    for _raises in [True]
-}
+
+def _next(now: Phase) -> set[Phase]:
+    """The phases that the table lets follow."""
+    found = set()
+    for then in Phase:
+        try:
+            assert advance(now, then) is then
+        except WrongState as error:
+            assert now.value in str(error) and then.value in str(error)
+        else:
+            found.add(then)
+    return found
+
+
+NEXT = {now: _next(now) for now in Phase}
+
+
+def _reach(start: Phase) -> set[Phase]:
+    """Every phase that may come later."""
+    seen: set[Phase] = set()
+    todo = [start]
+    while todo:
+        fresh = NEXT[todo.pop()] - seen
+        seen |= fresh
+        todo += fresh
+    return seen
+
+
+# The line and its fork, as drawn in the docstring.
+DRAWN = [
+    (Phase.STAGING, Phase.PREPARING),
+    (Phase.PREPARING, Phase.PREPARED),
+    (Phase.PREPARED, Phase.COMMITTING),
+    (Phase.COMMITTING, Phase.COMMITTED),
+    (Phase.COMMITTING, Phase.IN_DOUBT),
+    (Phase.COMMITTING, Phase.INCOMPLETE),
+    *((now, Phase.ROLLING_BACK) for now in (Phase.STAGING, Phase.PREPARING, Phase.PREPARED, Phase.COMMITTING)),
+    (Phase.ROLLING_BACK, Phase.ROLLED_BACK),
+    (Phase.PREPARED, Phase.RELEASED),
+]
+
+
+def test_every_drawn_step_of_a_transaction_is_possible() -> None:
+    assert [(now, then) for now, then in DRAWN if then not in NEXT[now]] == []
+
+
+def test_no_phase_follows_itself_and_every_phase_can_be_reached_and_left_for_an_end() -> None:
+    assert all(now not in then for now, then in NEXT.items())
+    assert _reach(Phase.STAGING) == set(Phase) - {Phase.STAGING}
+    assert all(_reach(now) & ENDED for now in set(Phase) - ENDED)
+
+
+def test_an_ended_transaction_takes_no_more_work() -> None:
+    assert {Phase.COMMITTED, Phase.ROLLED_BACK, Phase.RELEASED, Phase.IN_DOUBT, Phase.INCOMPLETE} == ENDED
+    for end in ENDED:
+        assert NEXT[end] <= ENDED
+    for end in (Phase.COMMITTED, Phase.ROLLED_BACK, Phase.RELEASED):
+        assert NEXT[end] == set(), "what is known for sure does not change"
+
+
+def test_only_a_commit_leads_to_committed_and_a_decided_one_never_back() -> None:
+    assert {now for now in Phase if Phase.COMMITTED in NEXT[now]} == {
+        Phase.COMMITTING,
+        Phase.INCOMPLETE,
+        Phase.IN_DOUBT,
+    }
+    assert _reach(Phase.INCOMPLETE) == {Phase.COMMITTED}
+    assert NEXT[Phase.ROLLING_BACK] == {Phase.ROLLED_BACK, Phase.IN_DOUBT}
+    assert all(Phase.STAGING not in then for then in NEXT.values())
+
+
+def test_new_ids_are_ids_and_never_repeat() -> None:
+    ids = [new_id() for _ in range(10_000)]
+    assert all(map(is_id, ids))
+    assert len(set(ids)) == len(ids)

@@ -61,7 +61,7 @@ class _Site:
     @property
     def inside(self) -> bool:
         """The control area lies in the target."""
-        return self.control == (self.name, RESERVED, RESERVED)
+        return self.control == (RESERVED, RESERVED)
 
 
 class LocalDriver(Driver):
@@ -302,12 +302,15 @@ class LocalDriver(Driver):
                     continue
                 if not entry.is_dir(follow_symlinks=False):
                     found.append(f"{at}{name}")
-                elif at.count("/") < 2 and not (at.startswith("tx/") and at != "tx/"):
+                elif at == "tx/":
+                    before = len(found)
                     try:
                         with opened(fd, name) as below:
                             self._collect(below, f"{at}{name}/", "", found)
                     except FileNotFoundError:
-                        pass
+                        continue
+                    if len(found) == before:
+                        found.append(f"{at}{name}/")  # its process died before it wrote anything
 
     async def delete_control(self, keys: Sequence[str]) -> None:
         await self._run(lambda: self._delete_control(keys))
@@ -480,9 +483,11 @@ class LocalDriver(Driver):
         found: list[Listed] = []
         try:
             with self._target(*filter(None, prefix.split("/"))) as fd:
-                skip = f"{RESERVED}/{RESERVED}" if not prefix and self._site.root != self._site.above else None
-                for path, seen in _walk(fd, directories, skip):
+                own = f"{RESERVED}/{RESERVED}" if self._site.inside and not prefix else None
+                for path, seen in _walk(fd, directories, own):
                     found.append(Listed(paths.join(prefix, path), seen.st_size, file_identity(seen)))
+                if own is not None and RESERVED in directories:
+                    directories.remove(RESERVED)
         except (FileNotFoundError, NotADirectoryError):
             return []
         return found + [Listed(paths.join(prefix, path), 0, "", is_dir=True) for path in directories]

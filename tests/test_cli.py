@@ -1,0 +1,447 @@
+"""The command: what a shell user is promised, through real runs over real directories."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import anyio
+import pytest
+from click.testing import CliRunner, Result
+
+from staged import open_store
+from staged.cli import commands, main, parse_duration
+from staged.drivers.local import LocalDriver
+from staged.model import Status, TxState
+
+# A load that kills its own process at an event: `python -c … TARGET EVENT MODE NAME`.
+KILLED = """
+import os, signal, sys, anyio
+from staged import open_store
+
+target, event, mode, name = sys.argv[1:]
+
+def die(happened):
+    if type(happened).__name__ == event:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+async def load():
+    async with open_store(target, observers=[die]) as store, store.staged_write(mode) as tx:
+        await tx.write(name, b"new")
+
+anyio.run(load)
+"""
+
+# The command, with a Ctrl-C at the moment of the decision.
+INTERRUPTED = """
+import os, signal
+from staged import cli
+
+def interrupt(event):
+    if type(event).__name__ == "Decided":
+        os.kill(os.getpid(), signal.SIGINT)
+
+real = cli.open_store
+cli.open_store = lambda url, *, observers=(), **options: real(url, observers=[*observers, interrupt], **options)
+cli.main()
+"""
+
+
+def staged(*words: str | Path) -> Result:
+    """Run the command in this process."""
+    result = CliRunner().invoke(commands(), [str(word) for word in words])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def python(*words: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a Python process to its end."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **env})
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory."""
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def fill(directory: Path, files: dict[str, bytes]) -> Path:
+    """Write files below a directory."""
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return directory
+
+
+def kill_load(target: Path, event: str, mode: str = "full_drop", name: str = "new.txt") -> None:
+    """A load in a process of its own that dies at an event."""
+    died = python("-c", KILLED, target, event, mode, name)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+
+
+@contextmanager
+def held(target: Path) -> Iterator[None]:
+    """Another live writer holds the target, as long as the block lasts."""
+    lock = anyio.run(LocalDriver(str(target)).lock, "lock")
+    assert lock is not None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+async def status_of(target: Path) -> Status:
+    async with open_store(target) as store:
+        return await store.status()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return fill(tmp_path / "source", {"a.txt": b"a", "deep/er/b.txt": b"bb", "deep/c.txt": b"", "[red]x.txt": b"x"})
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return fill(tmp_path / "target", {"old.txt": b"old"})
+
+
+# ---------------------------------------------------------------------------------------------------------------- put
+
+
+def test_put_loads_a_directory_all_or_nothing(source: Path, target: Path) -> None:
+    result = staged("put", source, target, "--mode", "full_drop", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert tree(target) == tree(source)
+    receipt = json.loads(result.stdout)
+    assert (receipt["phase"], receipt["files"], receipt["bytes"]) == ("committed", 4, 4)
+    # One of the names is taken: none of the others may appear.
+    fill(source, {"more.txt": b"more", "deep/more.txt": b"more"})
+    refused = staged("put", source, target, "--mode", "append")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("Error: ") and refused.stderr.count("\n") == 1
+    assert "more.txt" not in tree(target) and len(tree(target)) == 4
+
+
+def test_put_loads_more_files_than_it_stages_at_once(tmp_path: Path, target: Path) -> None:
+    source = fill(tmp_path / "many", {f"{number:03}.txt": b"%d" % number for number in range(100)})
+    assert staged("put", source, target, "--mode", "overwrite", "--durability", "none").exit_code == 0
+    assert tree(target) == tree(source)
+
+
+def test_put_puts_a_file_under_its_name_beside_a_directorys_files(source: Path, target: Path) -> None:
+    result = staged("put", source / "deep" / "er" / "b.txt", source / "deep", target, "--mode", "append")
+    assert result.exit_code == 0, result.stderr
+    assert tree(target) == {"old.txt": b"old", "b.txt": b"bb", "er/b.txt": b"bb", "c.txt": b""}
+
+
+def test_put_prints_a_receipt_that_reads_like_what_happened(source: Path, target: Path) -> None:
+    result = staged("put", source, target, "--mode", "append", "--key", "[bold]monday[/bold]")
+    assert result.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines() if len(line.split()) > 1)
+    assert (lines["phase"].strip(), lines["files"].strip()) == ("committed", "4")
+    assert lines["key"].strip() == "[bold]monday[/bold]", "a key is shown as it is, not as markup"
+
+
+def test_put_under_one_key_works_once(source: Path, target: Path) -> None:
+    first = staged("put", source, target, "--mode", "full_drop", "--key", "monday", "--json")
+    fill(source, {"a.txt": b"changed"})
+    second = staged("put", source, target, "--mode", "full_drop", "--key", "monday", "--json")
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert json.loads(second.stdout)["phase"] == "done"
+    assert tree(target)["a.txt"] == b"a"
+
+
+def test_put_writes_nothing_where_the_mode_says_ignore(source: Path, target: Path) -> None:
+    result = staged("put", source, target, "--mode", "ignore", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["phase"] == "skipped"
+    assert tree(target) == {"old.txt": b"old"}
+
+
+def test_put_replaces_the_partitions_that_it_names(tmp_path: Path) -> None:
+    target = fill(tmp_path / "t", {"day=1/x": b"1", "day=2/x": b"2", "day=3/x": b"3"})
+    source = fill(tmp_path / "s", {"day=1/y": b"new"})
+    words = ("put", source, target, "--mode", "overwrite_partitions", "--partition", "day=1", "--partition", "day=2")
+    assert staged(*words).exit_code == 0
+    assert tree(target) == {"day=1/y": b"new", "day=3/x": b"3"}
+
+
+def test_put_empties_a_target_only_when_it_is_told_to(tmp_path: Path, target: Path) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    refused = staged("put", empty, target, "--mode", "full_drop")
+    assert refused.exit_code == 1 and tree(target) == {"old.txt": b"old"}
+    assert staged("put", empty, target, "--mode", "full_drop", "--allow-empty").exit_code == 0
+    assert tree(target) == {}
+
+
+def test_put_refuses_two_sources_for_one_path(source: Path, target: Path) -> None:
+    result = staged("put", source / "a.txt", source, target, "--mode", "append")
+    assert result.exit_code == 1
+    assert "would both become 'a.txt'" in result.stderr
+    assert tree(target) == {"old.txt": b"old"}
+
+
+def test_put_refuses_what_it_could_not_load_whole(source: Path, target: Path) -> None:
+    os.mkfifo(source / "pipe")
+    pipe = staged("put", source, target, "--mode", "append")
+    os.unlink(source / "pipe")
+    os.symlink(target, source / "link")
+    link = staged("put", source, target, "--mode", "append")
+    os.unlink(source / "link")
+    os.symlink(source / "nowhere", source / "dangling")
+    dangling = staged("put", source, target, "--mode", "append")
+    assert [result.exit_code for result in (pipe, link, dangling)] == [1, 1, 1]
+    assert "not a regular file" in pipe.stderr and "symbolic link" in link.stderr and "nowhere" not in dangling.stdout
+    assert tree(target) == {"old.txt": b"old"}
+
+
+def test_a_source_that_fails_in_the_middle_leaves_the_target_untouched_and_its_own_error(
+    source: Path, target: Path
+) -> None:
+    # Linux lets one open its own memory, and refuses to read its first page.
+    result = staged("put", source, "/proc/self/mem", target, "--mode", "full_drop", "--json")
+    assert result.exit_code == 1
+    fault = json.loads(result.stderr)
+    assert fault["error"] == "OSError" and "Input/output error" in fault["message"]
+    assert fault["outcome"] == "untouched"
+    assert tree(target) == {"old.txt": b"old"}
+    assert json.loads(staged("status", target, "--json").stdout)["transactions"] == []
+
+
+def test_put_shows_progress_on_a_terminal_and_keeps_stdout_for_the_receipt(source: Path, target: Path) -> None:
+    words = ("-m", "staged", "put", source, target, "--mode", "append", "--json")
+    shown = python(*words, FORCE_COLOR="1", COLUMNS="100")
+    assert shown.returncode == 0, shown.stderr
+    assert json.loads(shown.stdout)["files"] == 4
+    assert "4/4 files" in shown.stderr
+    quiet = python(*words[:-2], "overwrite_files", "--json")
+    assert quiet.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------- looking and repairing
+
+
+def test_recover_rolls_back_what_a_dead_process_had_not_decided(target: Path) -> None:
+    kill_load(target, "Prepared")
+    status = json.loads(staged("status", target, "--json").stdout)
+    (dead,) = status["transactions"]
+    assert (dead["state"], dead["alive"], status["committing"]) == ("prepared", False, None)
+    assert dead["id"] in staged("status", target).stdout
+    recovered = staged("recover", target, "--json")
+    assert recovered.exit_code == 0
+    assert json.loads(recovered.stdout)["rolled_back"] == [dead["id"]]
+    assert tree(target) == {"old.txt": b"old"}
+    outcome = staged("outcome", target, dead["id"], "--json")
+    assert (outcome.exit_code, json.loads(outcome.stdout)["state"]) == (0, "rolled_back")
+
+
+def test_recover_completes_what_a_dead_process_had_decided(target: Path) -> None:
+    kill_load(target, "Decided")
+    tx = json.loads(staged("status", target, "--json").stdout)["committing"]
+    assert json.loads(staged("outcome", target, tx, "--json").stdout)["state"] == "committing"
+    recovered = staged("recover", target)
+    assert recovered.exit_code == 0 and tx in recovered.stdout
+    assert tree(target) == {"new.txt": b"new"}
+    assert "committed" in staged("outcome", target, tx).stdout
+
+
+def test_recover_recursively_finds_every_target_below(tmp_path: Path) -> None:
+    lake = tmp_path / "lake"
+    for name, event in (("a", "Decided"), ("deep/b", "Prepared"), ("deep/er/c", "Staged")):
+        kill_load(fill(lake / name, {"old.txt": b"old"}), event)
+    result = staged("recover", lake, "--recursive", "--json")
+    assert result.exit_code == 0, result.stderr
+    targets = {entry["target"]: entry for entry in json.loads(result.stdout)["targets"]}
+    assert set(targets) == {str(lake / "a"), str(lake / "deep/b"), str(lake / "deep/er/c")}
+    assert [len(targets[str(lake / name)]["finished"]) for name in ("a", "deep/b", "deep/er/c")] == [1, 0, 0]
+    assert [len(targets[str(lake / name)]["rolled_back"]) for name in ("a", "deep/b", "deep/er/c")] == [0, 1, 1]
+    assert tree(lake / "a") == {"new.txt": b"new"}
+    assert tree(lake / "deep/b") == tree(lake / "deep/er/c") == {"old.txt": b"old"}
+    assert staged("recover", lake / "a", "--recursive").stdout.count("target") == 1, "a target itself is found as well"
+
+
+def test_recover_recursively_goes_on_after_a_target_that_fails(tmp_path: Path) -> None:
+    first, second = (fill(tmp_path / "lake" / name, {"old.txt": b"old"}) for name in "ab")
+    kill_load(first, "Decided", "append")
+    fill(first, {"new.txt": b"foreign"})
+    kill_load(second, "Decided")
+    result = staged("recover", tmp_path / "lake", "--recursive", "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stderr)["error"] == "CommitBlocked"
+    assert tree(second) == {"new.txt": b"new"}
+
+
+def test_recover_recursively_is_refused_for_what_is_not_a_local_directory(tmp_path: Path) -> None:
+    assert staged("recover", "memory://x", "--recursive").exit_code == 2
+    assert staged("recover", tmp_path / "absent", "--recursive").exit_code == 2
+
+
+def test_gc_collects_what_is_old_and_nothing_younger(source: Path, target: Path) -> None:
+    for _ in range(2):
+        tx = json.loads(staged("put", source, target, "--mode", "full_drop", "--json").stdout)["id"]
+    assert json.loads(staged("gc", target, "--json").stdout)["collected"] == 0
+    collected = staged("gc", target, "--older-than", "0", "--json")
+    assert collected.exit_code == 0 and json.loads(collected.stdout)["collected"] > 0
+    assert tree(target) == tree(source)
+    asked = staged("outcome", target, tx)
+    assert asked.exit_code == 3 and "unknown" in asked.stdout, "nothing is left that could tell"
+
+
+def test_commands_say_in_json_what_they_say_in_tables(source: Path, target: Path) -> None:
+    tx = json.loads(staged("put", source, target, "--mode", "append", "--key", "k", "--json").stdout)["id"]
+    for words in (("status", target), ("outcome", target, tx), ("recover", target), ("gc", target)):
+        table, as_json = staged(*words), staged(*words, "--json")
+        assert (table.exit_code, as_json.exit_code) == (0, 0)
+        assert isinstance(json.loads(as_json.stdout), dict)
+        assert table.stdout.strip() and not table.stdout.lstrip().startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("0", timedelta(0)),
+        ("30s", timedelta(seconds=30)),
+        ("15m", timedelta(minutes=15)),
+        ("12h", timedelta(hours=12)),
+        ("7d", timedelta(days=7)),
+        ("90", timedelta(seconds=90)),
+    ],
+)
+def test_a_duration_is_read_as_it_is_written(text: str, duration: timedelta) -> None:
+    assert parse_duration(text) == duration
+
+
+@pytest.mark.parametrize("text", ["", "d", "-1d", "1.5h", "7 d", "7D", "1w", "9" * 30 + "d", "٣d"])
+def test_a_duration_that_is_not_one_is_wrong_usage(text: str, target: Path) -> None:
+    result = staged("gc", target, f"--older-than={text}")
+    assert result.exit_code == 2 and "duration" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- exit codes
+
+
+def test_wrong_usage_exits_with_2(source: Path, target: Path) -> None:
+    for words in (
+        ("put", source, target),
+        ("put", source, target, "--mode", "replace"),
+        ("put", source / "absent", target, "--mode", "append"),
+        ("recover", target, "--resolve", "both"),
+        ("nonsense",),
+    ):
+        assert staged(*words).exit_code == 2, words
+
+
+def test_an_error_that_left_the_target_untouched_exits_with_1_and_says_so_in_json(source: Path, target: Path) -> None:
+    fill(target, {"a.txt": b"theirs"})
+    result = staged("put", source, target, "--mode", "append", "--json")
+    assert result.exit_code == 1 and result.stdout == ""
+    fault = json.loads(result.stderr)
+    assert list(fault) == ["error", "message", "outcome", "transaction"]
+    assert (fault["error"], fault["outcome"]) == ("Exists", "untouched")
+    assert fault["transaction"] is not None and "a.txt" in fault["message"]
+
+
+def test_a_record_that_cannot_be_trusted_exits_with_3(source: Path, target: Path) -> None:
+    assert staged("put", source, target, "--mode", "append").exit_code == 0
+    (target.parent / "_staged" / target.name / "head").write_bytes(b"garbage")
+    result = staged("status", target, "--json")
+    assert result.exit_code == 3
+    assert json.loads(result.stderr)["error"] == "DamagedRecord"
+
+
+@pytest.mark.parametrize(("resolve", "left"), [("keep", b"foreign"), ("replace", b"new")])
+def test_a_blocked_commit_exits_with_4_until_it_is_resolved(target: Path, resolve: str, left: bytes) -> None:
+    kill_load(target, "Decided", "append")
+    fill(target, {"new.txt": b"foreign"})
+    blocked = staged("recover", target)
+    assert blocked.exit_code == 4 and "new.txt" in blocked.stderr
+    assert staged("recover", target, "--resolve", resolve).exit_code == 0
+    assert tree(target) == {"old.txt": b"old", "new.txt": left}
+
+
+def test_a_busy_target_exits_with_5(source: Path, target: Path) -> None:
+    assert staged("status", target).exit_code == 0
+    with held(target):
+        result = staged("put", source, target, "--mode", "append", "--lock-timeout", "0")
+    assert result.exit_code == 5
+    assert tree(target) == {"old.txt": b"old"}
+    assert staged("put", source, target, "--mode", "append", "--lock-timeout", "0").exit_code == 0
+
+
+def test_ctrl_c_rolls_back_says_so_and_exits_with_130(source: Path, target: Path) -> None:
+    assert staged("status", target).exit_code == 0
+    command = [sys.executable, "-m", "staged", "put", source, target, "--mode", "full_drop"]
+    with held(target):
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # It is interrupted when everything is staged and it waits for its turn.
+        while not any(tx.state is TxState.PREPARED for tx in anyio.run(status_of, target).transactions):
+            assert running.poll() is None, running.communicate()
+            time.sleep(0.01)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate()
+    assert (running.returncode, out) == (130, "")
+    assert "rolled back" in err and err.count("\n") == 1
+    assert tree(target) == {"old.txt": b"old"}
+    assert anyio.run(status_of, target).transactions == ()
+
+
+def test_ctrl_c_after_the_decision_completes_the_commit_and_says_so(source: Path, target: Path) -> None:
+    result = python("-c", INTERRUPTED, "put", source, target, "--mode", "full_drop", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "completed" in result.stderr
+    assert json.loads(result.stdout)["phase"] == "committed"
+    assert tree(target) == tree(source)
+
+
+# ------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_help_lists_the_exit_codes(source: Path) -> None:
+    text = staged("--help").stdout
+    for code in ("0", "1", "2", "3", "4", "5", "130"):
+        assert any(line.split()[:1] == [code] for line in text.splitlines()), code
+
+
+def test_the_package_runs_as_a_module() -> None:
+    assert python("-m", "staged", "--help").stdout == staged("--help").stdout.replace("cli ", "staged ")
+
+
+def test_a_missing_extra_is_named_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("click", "rich"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, module, None)
+            with pytest.raises(SystemExit) as ended:
+                main()
+        assert ended.value.code == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and module in error and "pip install 'staged[cli]'" in error
+
+
+def test_a_file_url_is_a_directory(source: Path, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/by-url"
+    assert staged("put", source, url, "--mode", "error").exit_code == 0
+    assert tree(tmp_path / "by-url") == tree(source)
+    assert staged("recover", url, "--recursive").exit_code == 0
+
+
+def test_a_url_without_a_driver_is_one_clear_error(source: Path) -> None:
+    result = staged("put", source, "gopher://x/y", "--mode", "append")
+    assert result.exit_code == 1 and result.stderr.startswith("Error: There is no driver for gopher")
+
+
+def test_commands_run_one_after_another_in_one_process(source: Path, tmp_path: Path) -> None:
+    runs = [partial(staged, "put", source, tmp_path / name, "--mode", "error") for name in ("x", "y")]
+    assert [run().exit_code for run in runs] == [0, 0]
