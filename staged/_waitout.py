@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import anyio
-import sniffio
 
 __all__ = ["run_to_end"]
 
@@ -25,9 +24,9 @@ async def run_to_end(work: Callable[[], Awaitable[T]], *, grace: float, on_cance
     When the caller is cancelled, `on_cancel` is called once, `work` has `grace` seconds more and is then cancelled itself,
     and the cancellation is raised after its end. Further cancellations change nothing.
     """
-    if sniffio.current_async_library() == "trio":
-        return await _trio(work, grace, on_cancel)
-    return await _asyncio(work, grace, on_cancel)
+    if issubclass(anyio.get_cancelled_exc_class(), asyncio.CancelledError):
+        return await _asyncio(work, grace, on_cancel)
+    return await _trio(work, grace, on_cancel)
 
 
 async def _asyncio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Callable[[], None]) -> T:

@@ -252,10 +252,9 @@ def _find_targets(root: str) -> list[str]:
         # Never descended into: what lies there is nobody's target.
         below.remove(paths.RESERVED)
         area = os.path.join(directory, paths.RESERVED)
-        for name in os.listdir(area):
-            if _is_control(os.path.join(area, name)):
-                # Under the reserved name once more lies the control area of the directory itself.
-                found.append(directory if name == paths.RESERVED else os.path.join(directory, name))
+        names = [name for name in os.listdir(area) if _is_control(os.path.join(area, name))]
+        # Under the reserved name once more lies the control area of the directory itself.
+        found += [directory if name == paths.RESERVED else os.path.join(directory, name) for name in names]
     return sorted(set(found))
 
 
@@ -300,6 +299,7 @@ def receipt_table(receipt: Receipt) -> Table:
 def status_table(status: Status) -> Table:
     """The status of a store, for people."""
     from rich import box
+    from rich.padding import Padding
     from rich.table import Table
 
     last = status.last
@@ -315,18 +315,21 @@ def status_table(status: Status) -> Table:
     )
     if not status.transactions:
         return facts
-    table = Table(box=box.SIMPLE_HEAD)
+    keyed = any(tx.key for tx in status.transactions)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("transaction", no_wrap=True)
-    for column in ("state", "mode", "by", "alive", "age", "key"):
+    for column in ("state", "mode", "by", "alive", "age", *(["key"] if keyed else [])):
         table.add_column(column, overflow="fold")
     for tx in status.transactions:
         alive = "?" if tx.alive is None else "yes" if tx.alive else "no"
         # The last part of an owner tells apart the transactions of one process; the first two find the process.
         owner = tx.owner.rpartition(":")[0] or tx.owner
-        table.add_row(tx.id, tx.state.value, tx.mode.value, owner, alive, _age(tx.age), tx.key or "")
+        key = [tx.key or ""] if keyed else []
+        table.add_row(tx.id, tx.state.value, tx.mode.value, owner, alive, _age(tx.age), *key)
     both = Table.grid()
     both.add_row(facts)
-    both.add_row(table)
+    both.add_row("")
+    both.add_row(Padding(table, (0, 1)))
     return both
 
 

@@ -81,6 +81,8 @@ KEPT_COMMITS = 1_000
 """Commits, and so keys, that the ledger remembers."""
 _BATCH = 1_000
 """Entries of one publish or remove where the head must be renewed in between."""
+_RACES = 100
+"""Lost races for the head after which the target counts as busy."""
 _REQUEST_TIMEOUT = 20.0
 """Seconds within which a driver's single request ends: no step is started later than that before a lease could lapse."""
 
@@ -173,9 +175,10 @@ async def acquire(target: Target, transaction: str, owner: str, timeout: float, 
     Raises:
         Busy: A live process held it for `timeout` seconds, or a decided commit is blocked.
     """
-    held = await _take(target, owner, timeout, stop)
+    deadline = anyio.current_time() + timeout
+    held = await _take(target, owner, deadline, stop)
     try:
-        while True:
+        for _ in range(_RACES):
             head = held.head
             if head.state is HeadState.COMMITTED:
                 try:
@@ -188,7 +191,8 @@ async def acquire(target: Target, transaction: str, owner: str, timeout: float, 
                     ) from error
             elif await held.move(states.hold(head, transaction, owner)):
                 return held
-            held = await _again(held, owner, timeout, stop)
+            held = await _again(held, owner, deadline, stop)
+        raise _outraced(transaction)
     except BaseException:
         held.release()
         raise
@@ -206,9 +210,10 @@ async def settle(target: Target, owner: str, resolve: Resolve | None, timeout: f
     """
     if (await read_head(target.driver))[0].state is HeadState.FREE:
         return None
-    held = await _take(target, owner, timeout, stop)
+    deadline = anyio.current_time() + timeout
+    held = await _take(target, owner, deadline, stop)
     try:
-        while True:
+        for _ in range(_RACES):
             state = held.head.state
             if state is HeadState.FREE:
                 return None
@@ -216,14 +221,14 @@ async def settle(target: Target, owner: str, resolve: Resolve | None, timeout: f
                 return finished
             if state is HeadState.HELD and await held.move(states.abandon(held.head)):
                 return None
-            held = await _again(held, owner, timeout, stop)
+            held = await _again(held, owner, deadline, stop)
+        raise _outraced(held.head.transaction)
     finally:
         held.release()
 
 
-async def _take(target: Target, owner: str, timeout: float, stop: Stop) -> Held:
+async def _take(target: Target, owner: str, deadline: float, stop: Stop) -> Held:
     """Read the head at a moment when nobody alive holds it: by the lock, or by its silence for a whole period."""
-    deadline = anyio.current_time() + timeout
     lock: Lock | None = None
     pause = 0.001
     if target.store.fence == "lock":
@@ -248,12 +253,19 @@ async def _take(target: Target, owner: str, timeout: float, stop: Stop) -> Held:
         raise
 
 
-async def _again(held: Held, owner: str, timeout: float, stop: Stop) -> Held:
+async def _again(held: Held, owner: str, deadline: float, stop: Stop) -> Held:
     """After a lost race: look at the head anew, under the same lock where there is one."""
     if held.lock is not None:
+        stop.check()
         head, token = await read_head(held.target.driver)
         return Held(held.target, head, token, held.lock)
-    return await _take(held.target, owner, timeout, stop)
+    return await _take(held.target, owner, deadline, stop)
+
+
+def _outraced(transaction: str | None) -> Busy:
+    return Busy(
+        "The head was changed by others at every attempt to take it. Nothing was changed.", transaction=transaction
+    )
 
 
 async def _pause(deadline: float, seconds: float, stop: Stop) -> None:

@@ -314,7 +314,7 @@ class _Show:
                             # Two more counts each, the second of which began after the load: every load is seen. The
                             # readers are asked, since nothing crosses from a thread into the loop.
                             goals = [(reader, reader.counts + 2) for reader in readers]
-                            while any(reader.counts < goal for reader, goal in goals):
+                            while any(reader.counts < goal for reader, goal in goals):  # noqa: ASYNC110
                                 await anyio.sleep(0.005)
                 finally:
                     stop.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ def pinned(path: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         FileNotFoundError: There is no such directory.
     """
+    import fcntl  # not on every platform that can import this package
+
     while True:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:

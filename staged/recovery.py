@@ -18,6 +18,9 @@ from staged.records import encode, is_id
 
 __all__ = ["abort", "collect", "recover"]
 
+_ATTEMPTS = 10
+"""Lost races after which a rollback gives up: each is a step that another process made."""
+
 
 async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
     """Roll an undecided transaction back, or find how it ended.
@@ -28,7 +31,7 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
     Args:
         sole: Nobody else can be at work on it, so that an ABORTED found there may be completed.
     """
-    while True:
+    for _ in range(_ATTEMPTS):
         found = await read_record(target.driver, tx)
         if found is None:
             return await look(target, tx)
@@ -60,6 +63,7 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
         await target.driver.put_segment(outcome_key(tx), encode(outcome))
         await discard(target, tx, log=True)
         return outcome
+    raise Busy(f"Transaction {tx} is being changed by another process; it was not rolled back.", transaction=tx)
 
 
 async def recover(

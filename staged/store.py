@@ -16,7 +16,7 @@ import anyio
 from staged import paths, states
 from staged._waitout import run_to_end
 from staged.commit import look
-from staged.control import Target, read_both, read_record, record_key
+from staged.control import HEAD, Target, read_both, read_record, record_key
 from staged.driver import Driver
 from staged.errors import InvalidInput, StagedError, Unsupported, WrongState
 from staged.lifecycle import Block, Check, Options, Transaction
@@ -182,6 +182,8 @@ class Store:
 
     async def status(self) -> Status:
         """The state of the target, and every transaction that has not ended. Changes nothing."""
+        if await self._is_new():
+            return Status(head=HeadState.FREE, epoch=0, committing=None, commits=0, last=None)
         target = await self._probed()
         head, ledger = await read_both(target.driver)
         ids = sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")})
@@ -197,15 +199,17 @@ class Store:
 
     async def outcome(self, id: str) -> Outcome:
         """How a transaction ended, or stands: the head is asked first, then its outcome. Changes nothing."""
+        if await self._is_new():
+            return Outcome(_id(id), "unknown")
         return await look(await self._probed(), _id(id))
 
     async def meta(self) -> dict[str, object]:
         """The merged meta of all commits."""
-        _, ledger = await read_both((await self._probed()).driver)
+        _, ledger = await read_both(self._driver)
         return dict(ledger.meta)
 
     async def capabilities(self) -> Capabilities:
-        """What this store can do and promise."""
+        """What this store can do and promise; probes it, as the first transaction does."""
         return (await self._probed()).store
 
     # ---------------------------------------------------------------------------------------------------------- repairing
@@ -223,6 +227,8 @@ class Store:
         """
         if resolve not in (None, "keep", "replace"):
             raise InvalidInput(f'resolve is "keep" or "replace", not {resolve!r}.')
+        if await self._is_new():
+            return Recovered()
         return await recover(await self._probed(), self._new_owner(), resolve=resolve)
 
     async def gc(self, *, older_than: timedelta = timedelta(days=7)) -> Recovered:
@@ -233,6 +239,8 @@ class Store:
         """
         if older_than < timedelta(0):
             raise InvalidInput("older_than is not negative.")
+        if await self._is_new():
+            return Recovered()
         target = await self._probed()
         seconds = older_than.total_seconds()
         recovered = await recover(target, self._new_owner(), older_than=seconds)
@@ -279,6 +287,17 @@ class Store:
         if self._target is None:
             self._target = Target(self._driver, await self._driver.probe(), self._observers)
         return self._target
+
+    async def _is_new(self) -> bool:
+        """Whether nobody ever wrote here: then looking leaves no trace of itself."""
+        if self._closed:
+            raise WrongState("The store is closed.")
+        return (
+            self._target is None
+            and await self._driver.read(HEAD) is None
+            and not await self._driver.list_control("tx/")
+            and not await self._driver.list_control("outcome/")
+        )
 
     def _new_owner(self) -> str:
         """Each transaction has an owner of its own, so that two of one process are two for the head as well."""

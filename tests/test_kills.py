@@ -14,7 +14,9 @@ def test_a_writer_killed_at_any_call_or_moment_leaves_old_or_new_and_recover_cle
     tmp_path: Path, figure: Callable[[str, str], None]
 ) -> None:
     program = [sys.executable, str(Path(__file__).with_name("kills.py")), f"{tmp_path}/kills", "1", "100"]
-    run = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    run = subprocess.run(
+        program, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+    )
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     cases = [line for line in lines if "at" in line]
     wrong = [line for line in lines if not line.get("ok", False)]

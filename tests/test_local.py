@@ -14,15 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from staged import (
-    CommitBlocked,
-    InvalidInput,
-    StagedError,
-    StagingError,
-    Unsupported,
-    open_store,
-    pinned,
-)
+from staged import CommitBlocked, InvalidInput, StagedError, StagingError, Unsupported, open_store, pinned
 from staged.drivers._posix import CountedLock
 from staged.drivers.local import LocalDriver
 from staged.errors import StorageError
@@ -196,7 +188,9 @@ async def test_a_link_swapped_in_for_a_directory_while_writing_never_leads_out(t
         while not done.is_set():
             for make in (lambda: (target / "d").symlink_to(outside), lambda: (target / "d").mkdir(exist_ok=True)):
                 try:
-                    (target / "d").unlink() if (target / "d").is_symlink() else os.rename(target / "d", tmp_path / "away")
+                    (target / "d").unlink() if (target / "d").is_symlink() else os.rename(
+                        target / "d", tmp_path / "away"
+                    )
                 except OSError:
                     pass
                 try:
@@ -251,7 +245,9 @@ async def test_a_foreign_file_in_the_way_blocks_a_decided_commit_until_somebody_
         await load(open_store(target), "append", c="1")
 
 
-async def test_a_staged_file_that_changes_or_appears_behind_our_back_is_refused_before_the_decision(tmp_path: Path) -> None:
+async def test_a_staged_file_that_changes_or_appears_behind_our_back_is_refused_before_the_decision(
+    tmp_path: Path,
+) -> None:
     target = tmp_path / "target"
     store = open_store(target)
     staging = tmp_path / "_staged" / "target" / "tx"
@@ -357,7 +353,9 @@ except RuntimeError as error:
 """
     for event, wanted in ((Prepared, {}), (Decided, {"a": "1"})):
         target = tmp_path / event.__name__
-        done = await anyio.run_process([sys.executable, "-W", "ignore", "-c", program, str(target), event.__name__], check=False)
+        done = await anyio.run_process(
+            [sys.executable, "-W", "ignore", "-c", program, str(target), event.__name__], check=False
+        )
         assert b"stopped before" in done.stdout, done
         store = open_store(target)
         await store.recover()

@@ -141,21 +141,30 @@ def _consistent(names: Collection[str]) -> list[str]:
     return kept
 
 
+def _up_to_three(parts: Collection[str]) -> list[str]:
+    """Every path of one to three of these parts."""
+    return ["/".join(chosen) for count in (1, 2, 3) for chosen in itertools.product(parts, repeat=count)]
+
+
 @st.composite
 def cases(draw: st.DrawFn, store: Capabilities) -> Case:
     """Few names, so that they meet; on a folding store in several spellings."""
     mode = draw(st.sampled_from(Mode))
     parts = ["a", "b", "p=0", "p=1", "é"]
     spelt = [*parts, "A", "P=0", "É", "e\u0301"] if store.folds else parts
-    names = st.lists(st.sampled_from(spelt), min_size=1, max_size=3).map("/".join)
-    plain = st.lists(st.sampled_from(parts), min_size=1, max_size=3).map("/".join)
+    names, plain = st.sampled_from(_up_to_three(spelt)), st.sampled_from(_up_to_three(parts))
     spell = draw(st.sampled_from([str, str.upper, lambda path: unicodedata.normalize("NFD", path)]))
     there = draw(st.lists(plain, unique=True, max_size=6))
+    if mode in FIRST and draw(st.booleans()):
+        there = []
     if draw(st.integers(0, 9)) == 0:
         there.append(draw(plain) + f"/{RESERVED}/y/head")
     files = _consistent(there) if store.nests else there
     if store.folds:
-        files = [f"{above}{at}{RESERVED}{rest}" if at else spell(path) for path in files for above, at, rest in [path.partition(RESERVED)]]
+        # Consistent spelling, but for the control area's name, which is ours.
+        files = [
+            "".join((spell(above), mark, rest)) for above, mark, rest in (path.partition(RESERVED) for path in files)
+        ]
     directories = {above for path in files for above in parents(path)} if store.nests else set()
     if store.nests and not files:
         directories = set(draw(st.lists(st.sampled_from(parts), max_size=1)))
@@ -186,7 +195,8 @@ def _agree(case: Case, store: Capabilities) -> str:
         assert expected is None, f"refused, though the oracle allows it: {error}"
         assert error.outcome == "untouched"
         with pytest.raises(type(error)):
-            plan(case.work, scoped(case, store), store)
+            check(case.work, store)
+            make_plan(case.work, scoped(case, store), store)
         return f"{case.work.mode.value}: refused"
     assert expected is not None, "planned, though the oracle refuses it"
     assert whole == before
@@ -222,7 +232,7 @@ def test_every_plan_does_what_the_oracle_does_or_is_refused_where_it_refuses(nam
     store = STORES[name]
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=2_500, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=800, deadline=None, derandomize=True, database=None)
     @given(cases(store))
     def compare(case: Case) -> None:
         seen[_agree(case, store)] += 1
@@ -232,25 +242,26 @@ def test_every_plan_does_what_the_oracle_does_or_is_refused_where_it_refuses(nam
     figure(f"plans, {name} store", f"{seen.total():,} against the oracle, {planned:,} of them planned")
     expected = {f"{mode.value}: {what}" for mode in Mode for what in ("planned", "refused")} | {"ignore: skipped"}
     assert seen.keys() == expected
-    assert planned > 500
-    assert min(seen.values()) >= 5, f"hardly looked at: {seen}"
+    assert planned > 250
 
 
-def _small(parts: tuple[str, ...]) -> Iterator[Case]:
+def _small(parts: tuple[str, ...], store: Capabilities) -> Iterator[Case]:
     """Every piece of work over every target of up to two files, of names that meet in every way."""
     names = [*parts, *("/".join(pair) for pair in itertools.permutations(parts, 2))]
     sets = [list(chosen) for count in range(3) for chosen in itertools.combinations(names, count)]
     for files in (chosen for chosen in sets if _consistent(chosen) == chosen):
-        directories = tuple(sorted({above for path in files for above in parents(path)}))
+        directories = tuple(sorted({above for path in files for above in parents(path)})) if store.nests else ()
         for staged, mode, delete in itertools.product(sets, Mode, [None, *names[:3]]):
             work = Work(mode, [entry(path) for path in staged], (delete,) if delete else ())
             yield Case(work, tuple(files), directories)
 
 
-def test_every_small_case_agrees_with_the_oracle(figure: Figure) -> None:
-    seen = Counter(_agree(case, NESTING) for case in _small(("a", "b")))
-    figure("small plans", f"{seen.total():,}, all that there are: {sum('refused' in what for what in seen.elements()):,} refused")
-    assert seen.total() > 5_000
+@pytest.mark.parametrize("name", ["nesting", "flat"])
+def test_every_small_case_agrees_with_the_oracle(name: str, figure: Figure) -> None:
+    seen = Counter(_agree(case, STORES[name]) for case in _small(("a", "b", "c"), STORES[name]))
+    refused = sum(count for what, count in seen.items() if "refused" in what)
+    figure(f"small plans, {name} store", f"{seen.total():,}, which is all there are; {refused:,} of them refused")
+    assert seen.total() > 40_000
 
 
 # ------------------------------------------------------------------------------------------------ stores that fold names
@@ -283,7 +294,11 @@ CONTROL = f"x/{RESERVED}/y/head"
 @pytest.mark.parametrize("store", STORES.values(), ids=STORES)
 @pytest.mark.parametrize(
     "listing",
-    [listed("x/f", CONTROL), listed("x/f", directories=["x", f"x/{RESERVED}"]), listed(CONTROL, directories=parents(CONTROL))],
+    [
+        listed("x/f", CONTROL),
+        listed("x/f", directories=["x", f"x/{RESERVED}"]),
+        listed(CONTROL, directories=parents(CONTROL)),
+    ],
 )
 def test_a_plan_that_covers_another_targets_control_area_is_refused(store: Capabilities, listing: list[Listed]) -> None:
     covering = [
@@ -323,7 +338,9 @@ def test_a_file_where_a_directory_must_be_is_refused_and_the_other_way_round(mod
     with pytest.raises(StagingError, match="staged as a file, and as a directory"):
         check(Work(mode, [entry("p/a"), entry("p/a/b/c")]), NESTING)
     flat = [there for there in file_in_the_way if not there.is_dir]
-    assert plan(Work(mode, [entry("p/a/b"), entry("p/a/b/c")]), flat, FLAT).publish
+    for staged in ("p/a/b", "p/a/b/c"):
+        assert plan(Work(mode, [entry(staged)]), flat, FLAT).publish
+    check(Work(mode, [entry("p/a"), entry("p/a/b")], partitions=("p",)), FLAT)
 
 
 @pytest.mark.parametrize("mode", Mode)
@@ -412,7 +429,9 @@ def test_two_commits_overlap_exactly_where_they_share_a_name_and_do_so_both_ways
     for one, other in itertools.product(PIECES, PIECES):
         if one.mode is not other.mode:
             continue
-        found, back = (overlap(ours, store, _touched(since), whole=False) for ours, since in ((one, other), (other, one)))
+        found, back = (
+            overlap(ours, store, _touched(since), whole=False) for ours, since in ((one, other), (other, one))
+        )
         shared = {key(path) for path in _touched(one)} & {key(path) for path in _touched(other)}
         if one.mode in BLIND or strict:
             assert (found is not None) == (back is not None) == bool(shared)

@@ -1,5 +1,7 @@
 """The strict encoding of records: what was written is read back, and nothing else is."""
 
+# ruff: noqa: RUF001
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,23 +38,13 @@ from staged.model import (
     TxRecord,
     TxState,
 )
-from staged.records import (
-    MAX_META,
-    HandlesPart,
-    ManifestPart,
-    check_key,
-    check_meta,
-    decode,
-    digest_of,
-    encode,
-    is_id,
-)
+from staged.records import MAX_META, HandlesPart, ManifestPart, check_key, check_meta, decode, digest_of, encode, is_id
 
 Figure = Callable[[str, str], None]
 
 ID, ID2 = "0123456789abcdef01234567", "f" * 24
 REF = Ref(f"log/{ID}-manifest-0", 2, "d" * 64)
-RECEIPT = Receipt(ID, Mode.APPEND, "committed", 2, None, 9, 1, "key", 0, 0.5, 1e-7)
+RECEIPT = Receipt(ID, Mode.APPEND, "committed", 2, None, 9, 1, "key", 0, 0.5, 0.25)
 HEADER = PlanHeader(ID, Mode.FULL_DROP, 7, "key", ID2, REF, 2, 3, 9, 1, Trees("1:2", None), 1)
 SAMPLES: dict[str, object] = {
     "head": Head(7, HeadState.COMMITTED, ID, "host:1:owner", REF, replace(REF, key="ledger-6"), ID2),
@@ -143,7 +135,7 @@ def anything(hint: Any) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("kind", SAMPLES)
 def test_every_record_is_read_back_as_it_was_written(kind: str) -> None:
-    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=80, deadline=None, derandomize=True, database=None)
     @given(anything(type(SAMPLES[kind])))
     def check(value: object) -> None:
         body = encode(value)
@@ -158,6 +150,12 @@ def test_every_record_is_read_back_as_it_was_written(kind: str) -> None:
 
 def test_there_is_a_sample_of_every_kind_of_record() -> None:
     assert {type(value): kind for kind, value in SAMPLES.items()} == records._KINDS
+
+
+def test_the_written_form_of_version_1_stays_as_it_is() -> None:
+    # Other processes, and older releases, read it: whoever changes it raises VERSION and reads both.
+    whole = hashlib.sha256(b"".join(encode(SAMPLES[kind]) for kind in sorted(SAMPLES)))
+    assert whole.hexdigest() == "7a7320580aeb1b88a72b87e33c7e31da318671e21c1adb1481cd85f7bc0af2cf"
 
 
 def test_a_listed_name_that_is_not_utf8_is_recorded_or_refused_by_an_error_of_ours() -> None:
@@ -207,7 +205,7 @@ def test_any_version_but_this_one_is_refused(version: str) -> None:
 
 
 def test_a_newer_version_says_to_upgrade() -> None:
-    with pytest.raises(DamagedRecord, match="has version 2; this is version 1. Upgrade"):
+    with pytest.raises(DamagedRecord, match=r"has version 2; this is version 1\. Upgrade"):
         decode(Head, forge("head", b"whatever it holds", b"2"), "head")
 
 
@@ -323,11 +321,11 @@ def test_random_bytes_raise_nothing_but_damaged_record(figure: Figure) -> None:
         text = encode(SAMPLES[kind]) if whole else _text(kind)
         start = draw(st.integers(0, len(text)))
         end = draw(st.integers(start, min(len(text), start + 12)))
-        noise = draw(st.one_of(st.binary(max_size=8), st.text(max_size=8).map(str.encode), JSON.map(_dumped)))
+        noise = draw(st.one_of(st.binary(max_size=8), st.text(max_size=8).map(str.encode), st.sampled_from(SNIPPETS)))
         mixed = text[:start] + noise + text[end:]
         return kind, draw(st.one_of(st.binary(max_size=40), st.just(mixed))) if whole else forge(kind, mixed)
 
-    @settings(max_examples=3_000, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=1_200, deadline=None, derandomize=True, database=None)
     @given(bodies())
     def check(case: tuple[str, bytes]) -> None:
         nonlocal count
@@ -343,14 +341,53 @@ def test_random_bytes_raise_nothing_but_damaged_record(figure: Figure) -> None:
     figure("random records", f"{count:,} decoded or refused")
 
 
-def _dumped(value: object) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+SNIPPETS = [
+    b"null",
+    b"true",
+    b"-1",
+    b"1e999",
+    b"NaN",
+    b"9" * 30,
+    b"{}",
+    b"[]",
+    b'"',
+    b"\\ud800",
+    b'"a":1,',
+    b",",
+    b"\xff",
+]
 
 
 # --------------------------------------------------------------------------------------------------- hostile, well signed
 
-LEADING_OUT = ["../x", "x/../../y", "..", ".", "", "/x", "/etc/passwd", "x//y", "x/", "_staged/t/head", "x/_staged/y", "x\0y"]
-NEVER_WRITTEN = ["..\\x", "C:/x", "C:x", "x\ny", "x.", "x ", "con", "nul.txt", "_STAGED/x", "＿staged/x", "x" * 256, "y/" * 501]
+LEADING_OUT = [
+    "../x",
+    "x/../../y",
+    "..",
+    ".",
+    "",
+    "/x",
+    "/etc/passwd",
+    "x//y",
+    "x/",
+    "_staged/t/head",
+    "x/_staged/y",
+    "x\0y",
+]
+NEVER_WRITTEN = [
+    "..\\x",
+    "C:/x",
+    "C:x",
+    "x\ny",
+    "x.",
+    "x ",
+    "con",
+    "nul.txt",
+    "_STAGED/x",
+    "＿staged/x",
+    "x" * 256,
+    "y/" * 501,
+]
 
 
 def _with_path(path: str) -> dict[str, object]:
@@ -427,7 +464,7 @@ def test_a_negative_size_is_refused() -> None:
 # ---------------------------------------------------------------------------------------------------- keys, meta, digests
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.text(st.characters(), max_size=300))
 def test_a_key_is_refused_by_value_error_or_can_be_recorded(key: str) -> None:
     try:
@@ -461,7 +498,12 @@ def test_a_meta_that_json_cannot_carry_is_refused_by_value_error(meta: dict[str,
         check_meta(meta)
 
 
-def test_a_meta_of_any_depth_is_refused_by_value_error_or_can_be_recorded() -> None:
+def _deeper(frames: int, call: Callable[[], bool]) -> bool:
+    """Call from further down the stack."""
+    return _deeper(frames - 1, call) if frames else call()
+
+
+def test_a_meta_of_any_depth_is_refused_by_value_error_or_can_be_read_by_whoever_calls() -> None:
     refused = 0
     meta: dict[str, object] = {}
     for _ in range(1_200):
@@ -470,10 +512,13 @@ def test_a_meta_of_any_depth_is_refused_by_value_error_or_can_be_recorded() -> N
             check_meta(meta)
         except ValueError:
             refused += 1
+        else:
+            body = encode(Ledger(meta=meta))
+            assert _deeper(200, lambda body=body: encode(decode(Ledger, body, "key")) == body)  # type: ignore[misc]
     assert 0 < refused < 1_200
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(st.dictionaries(st.text(), JSON))
 def test_a_meta_of_json_values_is_accepted_and_can_be_recorded(meta: dict[str, object]) -> None:
     check_meta(meta)

@@ -14,23 +14,17 @@ import os
 
 from staged.errors import StorageError
 
-__all__ = ["is_plain", "read", "token", "write"]
+__all__ = ["read", "token", "write"]
 
 SLOT = 128 * 1024
 """Bytes from one slot to the next; the file is sparse."""
 _LINE = 128
 _MAGIC = b"slot "
-_PLAIN = b"staged "
 
 
 def token(body: bytes) -> str:
     """What identifies a body: bodies carry a nonce, so that no two are equal."""
     return hashlib.sha256(body).hexdigest()
-
-
-def is_plain(file: int) -> bool:
-    """Whether a file is a segment, which is written once, and not one of these."""
-    return os.pread(file, len(_PLAIN), 0) == _PLAIN
 
 
 def read(file: int) -> bytes:

@@ -56,7 +56,6 @@ class _Site:
     name: str
     root: str
     control: tuple[str, ...]
-    store: Capabilities
 
     @property
     def inside(self) -> bool:
@@ -88,6 +87,7 @@ class LocalDriver(Driver):
         self._staging = None if staging is None else _absolute(os.fspath(staging))
         self._found: _Site | None = None
         self._finding = threading.Lock()
+        self._folds = False
         self._held: dict[str, CountedLock] = {}
         self._unsynced: list[str] = []
         self._numbers = itertools.count()
@@ -121,43 +121,55 @@ class LocalDriver(Driver):
             return self._found
 
     def _find(self) -> _Site:
+        """Look, and make nothing."""
         target = os.path.realpath(self.url)
         above, name = os.path.split(target)
         if RESERVED in target.split("/"):
             raise Unsupported(f"{self.url!r} lies in a control area.")
         if os.path.lexists(target) and not os.path.isdir(target):
             raise Unsupported(f"{self.url!r} is a file; a target is a directory.")
-        os.makedirs(above, exist_ok=True)
-        root, control = self._choose(target, above, name)
-        try:
-            with opened(root, *control, create=True) as fd:
-                os.fchmod(fd, 0o700)
-                return _Site(above, name, root, control, self._probe(fd, above, name, inside=root == target))
-        except PermissionError as error:
-            raise Unsupported(
-                f"{self.url!r} cannot be written: there is no room for its control area ({error})."
-            ) from error
+        return _Site(above, name, *self._choose(target, above, name))
 
     def _choose(self, target: str, above: str, name: str) -> tuple[str, tuple[str, ...]]:
         """The control area that is there; else beside the target, or in it where the parent cannot hold it."""
         if self._staging is not None:
             if os.path.commonpath([os.path.realpath(self._staging), target]) == target:
                 raise InvalidInput(f"staging={self._staging!r} lies in the target, which a full_drop replaces.")
-            os.makedirs(self._staging, exist_ok=True)
-            if os.stat(self._staging).st_dev != os.stat(above).st_dev:
-                raise Unsupported(f"staging={self._staging!r} is on another file system than {self.url!r}.")
             return self._staging, (RESERVED, f"{name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}")
         beside, inside = (RESERVED, name), (RESERVED, RESERVED)
         if os.path.exists(os.path.join(above, *beside, "head")):
             return above, beside
         mounted = os.path.ismount(target)
-        if mounted or os.path.exists(os.path.join(target, *inside, "head")) or not os.access(above, os.W_OK | os.X_OK):
+        closed = os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK)
+        if mounted or closed or os.path.exists(os.path.join(target, *inside, "head")):
             return target, inside
         return above, beside
 
-    def _probe(self, control: int, above: str, name: str, *, inside: bool) -> Capabilities:
-        """Try what the file system can do, in the control area."""
-        swaps = not inside and not _posix.is_overlay(control) and _posix.birth_identity(control) is not None
+    def _probe(self) -> Capabilities:
+        """Make the control area, and try there what the file system can do."""
+        site = self._site
+        os.makedirs(site.above, exist_ok=True)
+        os.makedirs(site.root, exist_ok=True)
+        if os.stat(site.root).st_dev != os.stat(site.above).st_dev and not site.inside:
+            raise Unsupported(f"staging={self._staging!r} is on another file system than {self.url!r}.")
+        try:
+            with self._control(create=True) as fd:
+                os.fchmod(fd, 0o700)
+                swaps, folds = self._try(fd)
+        except PermissionError as error:
+            raise Unsupported(
+                f"{self.url!r} cannot be written: there is no room for its control area ({error})."
+            ) from error
+        always: frozenset[Guarantee] = frozenset({"serialised", "fenced", "no_gap"})
+        guarantees = dict.fromkeys(Mode, always)
+        if swaps := swaps and not site.inside:
+            guarantees[Mode.FULL_DROP] = always | {"one_generation"}
+        self._folds = folds
+        return Capabilities(fence="lock", swaps_trees=swaps, folds=folds, guarantees=guarantees)
+
+    def _try(self, control: int) -> tuple[bool, bool]:
+        """Whether trees can be exchanged and recognised, and whether names are folded."""
+        swaps = not _posix.is_overlay(control) and _posix.birth_identity(control) is not None
         scratch = f"probe-{os.getpid()}-{threading.get_ident()}"
         with opened(control, scratch, create=True) as fd:
             for directory in ("a", "B"):
@@ -169,11 +181,7 @@ class LocalDriver(Driver):
             folds = _exists(fd, "b")
             _posix.clear_directory(fd)
         os.rmdir(scratch, dir_fd=control)
-        always: frozenset[Guarantee] = frozenset({"serialised", "fenced", "no_gap"})
-        guarantees = dict.fromkeys(Mode, always)
-        if swaps:
-            guarantees[Mode.FULL_DROP] = always | {"one_generation"}
-        return Capabilities(fence="lock", swaps_trees=swaps, folds=folds, guarantees=guarantees)
+        return swaps, folds
 
     @contextmanager
     def _control(self, *parts: str, create: bool = False) -> Iterator[int]:
@@ -188,7 +196,7 @@ class LocalDriver(Driver):
             yield fd
 
     async def probe(self) -> Capabilities:
-        return await self._run(lambda: self._site.store)
+        return await self._run(self._probe)
 
     # ------------------------------------------------------------------------------------------------ the control area
 
@@ -203,7 +211,7 @@ class LocalDriver(Driver):
         except FileNotFoundError:
             return None
         with open(file, "rb", buffering=0) as reader:
-            body = reader.readall() if _slots.is_plain(reader.fileno()) else _slots.read(reader.fileno())
+            body = _slots.read(reader.fileno()) if _is_swapped(key) else reader.readall()
             if not body and os.fstat(file).st_size:
                 body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
         return Record(body, _slots.token(body)) if body else None
@@ -475,7 +483,9 @@ class LocalDriver(Driver):
 
     # -------------------------------------------------------------------------------------------------------- the target
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
+    async def list(
+        self, prefix: str = "", names: Collection[str] | None = None
+    ) -> AsyncGenerator[Sequence[Listed], None]:
         yield await self._run(lambda: self._list(prefix) if names is None else self._look_up(names))
 
     def _list(self, prefix: str) -> Sequence[Listed]:
@@ -493,13 +503,12 @@ class LocalDriver(Driver):
         return found + [Listed(paths.join(prefix, path), 0, "", is_dir=True) for path in directories]
 
     def _look_up(self, names: Collection[str]) -> Sequence[Listed]:
-        folds = self._site.store.folds
         found: list[Listed] = []
         for directory, group in _by_directory(names, lambda name: name):
             wanted = {name.rpartition("/")[2] for name in group}
             try:
                 with self._target(*filter(None, directory.split("/"))) as fd:
-                    if folds:
+                    if self._folds:
                         folded = {fold(name) for name in wanted}
                         wanted = {name for name in os.listdir(fd) if fold(name) in folded}
                     elif len(wanted) > _FEW:
@@ -757,6 +766,11 @@ def _mapped(error: OSError) -> StagedError:
     """An error of the operating system, mapped once; what was applied is not known."""
     passing = error.errno in (errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE)
     return StorageError(f"{error.strerror or error}: {error.filename!r}.", retryable=passing)
+
+
+def _is_swapped(key: str) -> bool:
+    """Whether a key is of a record that is swapped in place, not of a segment that is written once."""
+    return key == "head" or key.endswith("/record")
 
 
 def _lock_file(fd: int, name: str) -> int:

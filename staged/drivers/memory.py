@@ -220,7 +220,9 @@ class MemoryDriver(Driver):
             whole = next((there for there in self._storage.files if fold(there) == fold(whole)), whole)
         return whole, self._storage.files.get(whole)
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
+    async def list(
+        self, prefix: str = "", names: Collection[str] | None = None
+    ) -> AsyncGenerator[Sequence[Listed], None]:
         start = f"{join(self._path, prefix)}/"
         base = len(self._path) + 1
         files = {path[base:]: blob for path, blob in self._storage.files.items() if path.startswith(start)}

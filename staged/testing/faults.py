@@ -89,7 +89,9 @@ class FaultDriver(Driver):
     async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> Sequence[Entry]:
         return await self._through("adopt", self.inner.adopt(tx, root, paths))
 
-    async def list(self, prefix: str = "", names: Collection[str] | None = None) -> AsyncGenerator[Sequence[Listed], None]:
+    async def list(
+        self, prefix: str = "", names: Collection[str] | None = None
+    ) -> AsyncGenerator[Sequence[Listed], None]:
         await self._gate(f"list {prefix}", "before")
         async with aclosing(self.inner.list(prefix, names)) as pages:
             async for page in pages:
