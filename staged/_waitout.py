@@ -48,16 +48,10 @@ async def _asyncio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Ca
                 try:
                     await asyncio.wait([task], timeout=left)
                 except asyncio.CancelledError:
-                    if _closing():
-                        task.cancel()
+                    continue
         _note(cancelled, None if task.cancelled() else task.exception())
         raise
     return task.result()
-
-
-def _closing() -> bool:
-    """Whether the loop was told to stop, so that nobody would wait for us any longer."""
-    return not asyncio.get_running_loop().is_running()
 
 
 async def _trio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Callable[[], None]) -> T:

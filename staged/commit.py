@@ -56,6 +56,7 @@ from staged.model import (
     Ledger,
     LedgerEntry,
     Listed,
+    Manifest,
     Mode,
     Outcome,
     Plan,
@@ -183,10 +184,17 @@ async def acquire(target: Target, transaction: str, owner: str, timeout: float, 
             if head.state is HeadState.COMMITTED:
                 try:
                     await _complete_other(held, owner, None)
+                except Fenced:
+                    pass  # somebody else completes it: look again
                 except CommitBlocked as error:
                     raise Busy(
                         f"Transaction {error.transaction} is decided but blocked by {len(error.paths)} foreign entries. Run "
                         'recover(resolve="keep") or recover(resolve="replace") first. This transaction changed nothing.',
+                        transaction=transaction,
+                    ) from error
+                except CommitIncomplete as error:
+                    raise Busy(
+                        f"An earlier commit could not be completed: {error} This transaction changed nothing.",
                         transaction=transaction,
                     ) from error
             elif await held.move(states.hold(head, transaction, owner)):
@@ -278,7 +286,9 @@ async def _pause(deadline: float, seconds: float, stop: Stop) -> None:
 # --------------------------------------------------------------------------------------------------------------- decide
 
 
-async def commit(target: Target, record: TxRecord, work: Work, manifest: Ref, *, timeout: float, stop: Stop) -> Receipt:
+async def commit(
+    target: Target, record: TxRecord, work: Work, manifest: Manifest, *, timeout: float, stop: Stop
+) -> Receipt:
     """Commit a prepared transaction. On return it ended: committed, done, skipped.
 
     Raises:
@@ -292,12 +302,14 @@ async def commit(target: Target, record: TxRecord, work: Work, manifest: Ref, *,
         decided = await _decide(held, record, work, manifest, stop)
         if isinstance(decided, Receipt):
             return decided
-        return await _complete(held, decided, None)
+        receipt = await _complete(held, decided, None)
     finally:
         held.release()
+    await _clean_up(target, decided)
+    return receipt
 
 
-async def _decide(held: Held, record: TxRecord, work: Work, manifest: Ref, stop: Stop) -> _Decided | Receipt:
+async def _decide(held: Held, record: TxRecord, work: Work, manifest: Manifest, stop: Stop) -> _Decided | Receipt:
     """Everything under the head up to the decision. An error gives the head back: the target is untouched."""
     driver, epoch = held.target.driver, held.head.epoch
     try:
@@ -320,8 +332,11 @@ async def _decide(held: Held, record: TxRecord, work: Work, manifest: Ref, stop:
         stop.check()
         await held.renew()
         decided = _Decided.of(epoch, record, plan, manifest, held.head.ledger, ledger)
-        plan_ref = await write_parts(driver, plan_key(record.id, epoch), decided.parts())
-        ledger_ref = await write_parts(driver, f"ledger-{epoch}", [_next_ledger(ledger, record, epoch)])
+        # Named by the attempt too: a loss of power may take back an epoch, and leave its segments behind, half-written.
+        attempt = held.head.nonce[:8]
+        commit = LedgerEntry(epoch, record.id, attempt, record.key)
+        plan_ref = await write_parts(driver, plan_key(commit), decided.parts())
+        ledger_ref = await write_parts(driver, f"ledger-{epoch}-{attempt}", [_next_ledger(ledger, record, commit)])
         await held.renew()
         stop.check()
     except (Fenced, DamagedRecord) as error:
@@ -432,16 +447,21 @@ async def make_plan(target: Target, tx: str, work: Work) -> Plan:
 
 async def _check_overlap(held: Held, record: TxRecord, work: Work, ledger: Ledger) -> None:
     """Raise `Conflict` where a commit since the base touched our names, or can no longer be told."""
-    if work.mode not in planning.BLIND and not held.target.store.strict_overlap:
+    if not planning.guarded(work, held.target.store):
         return
-    since = [commit for commit in ledger.commits if commit.epoch > record.base]
     lost = record.base < ledger.floor
-    for commit in since:
-        if lost or (found := await read_names(held.target.driver, commit.transaction, commit.epoch)) is None:
+    for commit in ledger.commits:
+        if lost or commit.epoch <= record.base:
+            continue
+        try:
+            found = await read_names(held.target.driver, commit)
+        except DamagedRecord:
+            found = None  # gc takes a plan apart while we read it
+        if found is None:
             lost = True
             break
-        names, header = found
-        name = planning.overlap(work, held.target.store, names, whole=header.trees is not None)
+        names, whole = found
+        name = planning.overlap(work, held.target.store, names, whole=whole)
         if name is not None:
             raise Conflict(
                 f"{name!r} was touched by transaction {commit.transaction}, committed after this one began. The target is "
@@ -457,8 +477,8 @@ async def _check_overlap(held: Held, record: TxRecord, work: Work, ledger: Ledge
         )
 
 
-def _next_ledger(ledger: Ledger, record: TxRecord, epoch: int) -> Ledger:
-    commits = (*ledger.commits, LedgerEntry(epoch, record.id, record.key))
+def _next_ledger(ledger: Ledger, record: TxRecord, commit: LedgerEntry) -> Ledger:
+    commits = (*ledger.commits, commit)
     forgotten = commits[: max(0, len(commits) - KEPT_COMMITS)]
     meta = {**ledger.meta, **record.meta}
     check_meta(meta)
@@ -478,10 +498,9 @@ class _Decided:
 
     @classmethod
     def of(
-        cls, epoch: int, record: TxRecord, plan: Plan, manifest: Ref, superseded: Ref | None, ledger: Ledger
+        cls, epoch: int, record: TxRecord, plan: Plan, manifest: Manifest, superseded: Ref | None, ledger: Ledger
     ) -> _Decided:
         """The plan of a transaction, about to be decided at an epoch."""
-        rows = [entry.rows for entry in plan.publish]
         header = PlanHeader(
             transaction=record.id,
             mode=record.mode,
@@ -489,9 +508,6 @@ class _Decided:
             key=record.key,
             previous=ledger.commits[-1].transaction if ledger.commits else None,
             manifest=manifest,
-            files=len(plan.publish),
-            rows=None if None in rows else sum(row or 0 for row in rows),
-            bytes=sum(entry.size for entry in plan.publish),
             keep_old=record.keep_old,
             trees=plan.trees,
             parts=max(1, -(-max(len(plan.replaces), len(plan.remove)) // SEGMENT)),
@@ -515,9 +531,9 @@ class _Decided:
             id=header.transaction,
             mode=header.mode,
             phase="committed",
-            files=header.files,
-            rows=header.rows,
-            bytes=header.bytes,
+            files=header.manifest.files,
+            rows=header.manifest.rows,
+            bytes=header.manifest.bytes,
             removed=None if swapped else len(plan.remove) + len(plan.replaces),
             key=header.key,
             left=left,
@@ -547,7 +563,10 @@ async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> st
     except DamagedRecord:
         await held.check()
         raise
-    return (await _complete(held, decided, resolve)).id
+    receipt = await _complete(held, decided, resolve)
+    # Under the same lock, which whoever called us goes on with.
+    await _clean_up(held.target, decided)
+    return receipt.id
 
 
 async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
@@ -568,15 +587,18 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
             f"Transaction {tx} is decided but not completed: {error} Run recover(), or let the next writer complete it.",
             transaction=tx,
         ) from error
-    # From here on all is published and the outcome durable: what fails is left to the next writer, recover or gc.
+    # From here on all is published and the outcome durable: what fails is left to the next writer.
     await _quietly(held.move(states.free(held.head), durable=True))
-    held.release()
-    await _quietly(discard(target, tx))
-    if decided.ledger is not None:
-        await _quietly(driver.delete_control([f"{decided.ledger.key}-0"]))
-    if header.trees is not None:
-        await _quietly(driver.trim(header.keep_old, 0.0))
     return receipt
+
+
+async def _clean_up(target: Target, decided: _Decided) -> None:
+    """Discard what a completed commit needs no more; what fails is left to recover and gc."""
+    await _quietly(discard(target, decided.header.transaction))
+    if decided.ledger is not None:
+        await _quietly(target.driver.delete_control([f"{decided.ledger.key}-0"]))
+    if decided.header.trees is not None:
+        await _quietly(target.driver.trim(decided.header.keep_old, 0.0))
 
 
 async def _swap_trees(held: Held, header: PlanHeader, trees: Trees, resolve: Resolve | None) -> int:
@@ -590,10 +612,10 @@ async def _swap_trees(held: Held, header: PlanHeader, trees: Trees, resolve: Res
             now = await driver.trees(header.transaction)
             answer = await driver.swap(header.transaction, Trees(trees.new, now.target), aside)
         elif resolve is not None:
-            return header.files
+            return header.manifest.files
     if answer in (Answer.FOREIGN, Answer.LOST):
         raise _blocked(header.transaction, ["."], answer is Answer.LOST)
-    notify(held.target.observers, Published(header.transaction, header.files))
+    notify(held.target.observers, Published(header.transaction, header.manifest.files))
     return 0
 
 

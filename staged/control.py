@@ -1,25 +1,39 @@
 """The control area, read and changed through lost answers: what staging, commit and recovery share.
 
 head                       the one record that decides; swapped, never deleted
-ledger-<epoch>             immutable: the last commits and the merged meta; named by the head
+ledger-<epoch>-…           immutable: the last commits and the merged meta; named by the head
 tx/<id>/record             a transaction that has not ended; swapped
 tx/<id>/handles-<n>        immutable: handles made durable before their first byte
 log/<id>-manifest-…-<n>    immutable: what the transaction staged
-log/<id>-plan-<epoch>-<n>  immutable: what its commit does; named by epoch, so that no earlier attempt's is taken for it
+log/<id>-plan-<epoch>-…    immutable: what its commit does; named by epoch and attempt, so that no earlier one's is taken
+                           for it
 outcome/<id>               immutable: how it ended
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from staged.driver import Driver
 from staged.errors import DamagedRecord, InvalidInput, StorageError
-from staged.model import Capabilities, Entry, Head, HeadState, Ledger, Outcome, PlanHeader, PlanPart, Ref, TxRecord
+from staged.model import (
+    Capabilities,
+    Entry,
+    Head,
+    HeadState,
+    Ledger,
+    LedgerEntry,
+    Manifest,
+    Outcome,
+    PlanPart,
+    Ref,
+    TxRecord,
+)
 from staged.observers import Observer
 from staged.records import MAX_RECORD, ManifestPart, decode, digest_of, encode
+from staged.states import new_id
 
 __all__ = [
     "HEAD",
@@ -49,6 +63,7 @@ SEGMENT = 10_000
 _ATTEMPTS = 3
 
 T = TypeVar("T")
+Swapped = Head | TxRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +87,8 @@ def log_prefix(tx: str) -> str:
     return f"log/{tx}-"
 
 
-def plan_key(tx: str, epoch: int) -> str:
-    return f"{log_prefix(tx)}plan-{epoch}"
+def plan_key(commit: LedgerEntry) -> str:
+    return f"{log_prefix(commit.transaction)}plan-{commit.epoch}-{commit.attempt}"
 
 
 async def read(driver: Driver, key: str, kind: type[T]) -> tuple[T, str] | None:
@@ -82,7 +97,7 @@ async def read(driver: Driver, key: str, kind: type[T]) -> tuple[T, str] | None:
     return None if record is None else (decode(kind, record.body, key), record.token)
 
 
-async def swap(driver: Driver, key: str, value: object, token: str | None, *, durable: bool = True) -> str | None:
+async def swap(driver: Driver, key: str, value: Swapped, token: str | None, *, durable: bool = True) -> str | None:
     """Compare-and-swap a record, and settle lost answers by reading back: its fresh nonce makes the body unique.
 
     Returns:
@@ -91,31 +106,37 @@ async def swap(driver: Driver, key: str, value: object, token: str | None, *, du
     Raises:
         StorageError: Unresolved: the old record is still there, or nothing could be read, and the swap may land late.
     """
+    body = _record(key, value)
+    failed: StorageError | None = None
+    for _ in range(_ATTEMPTS):
+        try:
+            swapped = await driver.cas(key, body, token, durable=durable)
+            if swapped is not None:
+                return swapped
+        except StorageError as error:
+            failed = error
+        try:
+            found = await driver.read(key)
+        except StorageError as error:
+            failed = error
+            continue
+        if found is not None and found.body == body:
+            if failed is None or not durable:
+                return found.token
+            # It is there, but not known to be durable: a failed sync may have dropped it. Write it once more.
+            body, token, failed = _record(key, replace(value, nonce=new_id())), found.token, None
+        elif (found.token if found else None) != token:
+            return None
+    raise failed or StorageError(f"The record {key!r} does not take a swap although its token is current.")
+
+
+def _record(key: str, value: Swapped) -> bytes:
     body = encode(value)
     if len(body) > MAX_RECORD:
         raise InvalidInput(
             f"The record {key!r} would have {len(body)} bytes; at most {MAX_RECORD} fit: name fewer deletes."
         )
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            swapped = await driver.cas(key, body, token, durable=durable)
-            if swapped is not None:
-                return swapped
-            found = await driver.read(key)
-        except StorageError:
-            try:
-                found = await driver.read(key)
-            except StorageError:
-                if attempt == _ATTEMPTS:
-                    raise
-                continue
-            if attempt == _ATTEMPTS and (found.token if found else None) == token:
-                raise
-        if found is not None and found.body == body:
-            return found.token
-        if (found.token if found else None) != token:
-            return None
-    return None
+    return body
 
 
 async def read_head(driver: Driver) -> tuple[Head, str | None]:
@@ -181,29 +202,36 @@ async def read_parts(driver: Driver, ref: Ref, kind: type[T]) -> list[T]:
     return [decode(kind, body, ref.key) for body in bodies]
 
 
-async def write_manifest(driver: Driver, tx: str, entries: Sequence[Entry], attempt: str) -> Ref:
+async def write_manifest(driver: Driver, tx: str, entries: Sequence[Entry], attempt: str) -> Manifest:
     """Write down what a transaction staged."""
     slices = [ManifestPart(tuple(entries[at : at + SEGMENT])) for at in range(0, len(entries), SEGMENT)]
-    return await write_parts(driver, f"{log_prefix(tx)}manifest-{attempt}", slices)
+    rows = [entry.rows for entry in entries]
+    return Manifest(
+        entries=await write_parts(driver, f"{log_prefix(tx)}manifest-{attempt}", slices),
+        files=len(entries),
+        rows=None if None in rows else sum(row or 0 for row in rows),
+        bytes=sum(entry.size for entry in entries),
+    )
 
 
-async def read_manifest(driver: Driver, ref: Ref) -> list[Entry]:
+async def read_manifest(driver: Driver, manifest: Manifest) -> list[Entry]:
     """What a transaction staged."""
-    return [entry for part in await read_parts(driver, ref, ManifestPart) for entry in part.entries]
+    return [entry for part in await read_parts(driver, manifest.entries, ManifestPart) for entry in part.entries]
 
 
-async def read_names(driver: Driver, tx: str, epoch: int) -> tuple[set[str], PlanHeader] | None:
-    """The names that a commit wrote, replaced or removed; None where its plan is gone."""
-    first = await read(driver, f"{plan_key(tx, epoch)}-0", PlanPart)
+async def read_names(driver: Driver, commit: LedgerEntry) -> tuple[set[str], bool] | None:
+    """The names that a commit wrote or removed, and whether it replaced the whole target; None where its plan is gone."""
+    key = plan_key(commit)
+    first = await read(driver, f"{key}-0", PlanPart)
     if first is None or (header := first[0].header) is None:
         return None
     names = {entry.path for entry in await read_manifest(driver, header.manifest)}
     names.update(listed.path for listed in first[0].remove)
     for number in range(1, header.parts):
-        if (part := await read(driver, f"{plan_key(tx, epoch)}-{number}", PlanPart)) is None:
+        if (part := await read(driver, f"{key}-{number}", PlanPart)) is None:
             return None
         names.update(listed.path for listed in part[0].remove)
-    return names, header
+    return names, header.trees is not None
 
 
 async def read_outcome(driver: Driver, tx: str) -> Outcome | None:

@@ -108,7 +108,7 @@ class Driver(ABC):
         """Put an immutable segment, durable with the next durable `cas`; False where there is one already, which stays."""
 
     @abstractmethod
-    async def list_control(self, prefix: str) -> list[str]:
+    async def list_control(self, prefix: str) -> Sequence[str]:
         """The keys of all records and segments that start with a prefix, which ends in `/` or within a name."""
 
     @abstractmethod

@@ -22,6 +22,7 @@ from staged.errors import (
     Busy,
     CommitIncomplete,
     CommitInDoubt,
+    DamagedRecord,
     Fenced,
     InvalidInput,
     StagedError,
@@ -61,11 +62,8 @@ class Options:
     grace: float = 30.0
 
     def __post_init__(self) -> None:
-        try:
-            check_key(self.key)
-            check_meta(self.meta or {})
-        except ValueError as error:
-            raise InvalidInput(str(error)) from None
+        check_key(self.key)
+        check_meta(self.meta or {})
         if self.partitions is not None and self.mode is not Mode.OVERWRITE_PARTITIONS:
             raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
         for partition in self.partitions or ():
@@ -246,26 +244,29 @@ class Transaction(Staging):
     async def prepare(self) -> None:
         """Validate, seal and write down what is staged. Then it survives this process, for `Store.resume`.
 
+        Where it is done or skipped there is nothing to prepare, and it ends.
+
         Raises:
             ValidationFailed: A check refused it. It was rolled back.
-            StagingError, InvalidInput, WrongState: It cannot be committed as it is. It was rolled back.
+            StagingError, InvalidInput: It cannot be committed as it is. It was rolled back.
+            WrongState: It is past that, or a write is open.
         """
-        if self._phase is Phase.PREPARED:
+        if self._phase is Phase.PREPARED or self._is_over():
             return
-        await self._or_roll_back(self._validate)
-        await self._to_end(lambda stop: self._or_roll_back(lambda: self._prepare(stop)))
+        await self._validate()
+        await self._to_end(self._prepare_once)
 
     async def commit(self) -> Receipt:
         """Make everything visible, all or nothing; returns the receipt. A second call returns it again.
 
         Raises:
-            StagedError: See `outcome` on it. Whatever left the target untouched was rolled back.
+            StagedError: See `outcome` on it. Whatever left the target untouched was rolled back, but for a prepared
+                transaction that only found the target busy or the store failing: that stays prepared.
         """
-        if self._receipt is not None and self._receipt.phase in ("committed", "done", "skipped"):
-            return self._receipt
-        if self._phase is Phase.STAGING:
-            await self._or_roll_back(self._validate)
-        await self._to_end(lambda stop: self._or_roll_back(lambda: self._commit(stop)))
+        if not self._is_over():
+            if self._phase is not Phase.PREPARED:
+                await self._validate()
+            await self._to_end(self._commit_once)
         return self.receipt
 
     async def rollback(self) -> None:
@@ -275,8 +276,7 @@ class Transaction(Staging):
             WrongState: It was committed, or its end is not known here.
             StorageError: The store failed; what is left is cleaned up by `recover` or `gc`.
         """
-        if self._phase is not Phase.ROLLED_BACK:
-            await self._to_end(lambda stop: self._roll_back("rolled_back"))
+        await self._to_end(lambda stop: self._roll_back("rolled_back"))
 
     async def release(self) -> None:
         """Leave a prepared transaction for others to resume."""
@@ -296,6 +296,7 @@ class Transaction(Staging):
         return Work(options.mode, self._entries.values(), tuple(self._deletes), options.partitions, options.allow_empty)
 
     async def _to_end(self, work: Callable[[Stop], Awaitable[T]]) -> T:
+        """Make one step after another, each in a task of its own that is waited out."""
         stop = Stop()
 
         async def alone() -> T:
@@ -303,6 +304,21 @@ class Transaction(Staging):
                 return await work(stop)
 
         return await run_to_end(alone, grace=self._options.grace, on_cancel=stop.request)
+
+    async def _prepare_once(self, stop: Stop) -> None:
+        if self._phase is not Phase.PREPARED and not self._is_over():
+            self._check_staging()
+            await self._or_roll_back(lambda: self._prepare(stop))
+
+    async def _commit_once(self, stop: Stop) -> None:
+        if not self._is_over():
+            if self._phase is not Phase.PREPARED:
+                self._check_staging()
+            await self._or_roll_back(lambda: self._commit(stop))
+
+    def _is_over(self) -> bool:
+        """Whether it ended in a way that a second call of commit or prepare simply finds."""
+        return self._receipt is not None and self._receipt.phase in ("committed", "done", "skipped")
 
     async def _or_roll_back(self, step: Callable[[], Awaitable[None]]) -> None:
         """Take a step towards the commit; what fails before the decision is rolled back."""
@@ -318,8 +334,10 @@ class Transaction(Staging):
         except Exception as error:
             if self._phase not in ENDED:
                 await self._undo(error)
-            if isinstance(error, StagedError) and error.transaction is None:
-                error.transaction = self.id
+            if isinstance(error, StagedError):
+                error.transaction = error.transaction or self.id
+                if self._phase in (Phase.ROLLED_BACK, Phase.PREPARED):
+                    error.outcome = "untouched"
             if isinstance(error, StorageError):
                 raise StagingError(
                     f"Transaction {self.id} was not committed: {error} The target is untouched.",
@@ -337,7 +355,7 @@ class Transaction(Staging):
 
     async def _undo(self, error: Exception) -> None:
         """After a failure before the decision: what a caller prepared waits for another try, all else is rolled back."""
-        passing = isinstance(error, (Busy, StorageError, Stopped))
+        passing = isinstance(error, (Busy, StorageError, DamagedRecord, Stopped))
         if self._phase is Phase.COMMITTING and passing and not self._record.block:
             self._phase = advance(self._phase, Phase.PREPARED)
             return
@@ -351,34 +369,40 @@ class Transaction(Staging):
         self.skipped = (await commit.make_plan(self._target, self.id, Work(self._options.mode, ()))).skipped
 
     async def _validate(self) -> None:
-        """The caller's checks run in the caller's task: they are the caller's code."""
+        """Run the caller's checks, in the caller's task; whatever ends them rolls back."""
         self._check_staging()
-        if self._writing:
-            raise WrongState(f"{min(self._writing)!r} is still being written.", transaction=self.id)
+        self._check_written()
         self._staged_at = anyio.current_time()
-        if self._nowhere:
-            return
-        for check in self._options.validate:
+        try:
+            for check in () if self._nowhere else self._options.validate:
+                await self._run_check(check)
+        except BaseException as error:
             try:
-                checked = check(self.entries)
-                if checked is not None:
-                    await checked
-            except Exception as error:
-                name = getattr(check, "__name__", type(check).__name__)
-                raise ValidationFailed(
-                    f"The check {name!r} refused the staged files: {error} The target is untouched.",
-                    transaction=self.id,
-                ) from error
+                await self._to_end(lambda stop: self._roll_back("rolled_back"))
+            except StagedError as failed:
+                error.add_note(f"staged: rolling back transaction {self.id} failed: {failed}")
+            raise
+
+    async def _run_check(self, check: Check) -> None:
+        try:
+            checked = check(self.entries)
+            if checked is not None:
+                await checked
+        except Exception as error:
+            name = getattr(check, "__name__", type(check).__name__)
+            raise ValidationFailed(
+                f"The check {name!r} refused the staged files: {error} The target is untouched.", transaction=self.id
+            ) from error
 
     async def _prepare(self, stop: Stop) -> None:
+        if self._nowhere:
+            await self._roll_back("done" if self.done else "skipped")
+            return
         self._phase = advance(self._phase, Phase.PREPARING)
-        if self._writing:
-            raise WrongState(f"{min(self._writing)!r} is still being written.", transaction=self.id)
         driver = self._target.driver
-        if not self._nowhere:
-            planning.check(self._work(), self._target.store)
-            await driver.seal(self.id, self._entries.values())
-            stop.check()
+        planning.check(self._work(), self._target.store)
+        await driver.seal(self.id, self._entries.values())
+        stop.check()
         manifest = await write_manifest(driver, self.id, self.entries, self._attempt)
         stop.check()
         record = replace(
@@ -389,15 +413,13 @@ class Transaction(Staging):
             raise StagingError(f"Transaction {self.id} was rolled back by another process.", transaction=self.id)
         self._record, self._token, self._sealed = record, token, True
         self._phase = advance(self._phase, Phase.PREPARED)
-        entries = self._entries.values()
-        notify(self._target.observers, Prepared(self.id, len(entries), sum(entry.size for entry in entries)))
+        notify(self._target.observers, Prepared(self.id, manifest.files, manifest.bytes))
 
     async def _commit(self, stop: Stop) -> None:
         if self._phase is Phase.STAGING:
-            if self._nowhere:
-                await self._roll_back("done" if self.done else "skipped")
-                return
             await self._prepare(stop)
+        if self._phase is Phase.ROLLED_BACK:
+            return
         self._phase = advance(self._phase, Phase.COMMITTING)
         if not self._sealed:
             await self._target.driver.seal(self.id, self._entries.values())
@@ -465,7 +487,18 @@ class Block:
         if transaction.phase in ENDED:
             return
         if error is None:
-            await transaction.commit()
+            try:
+                await transaction.commit()
+            except BaseException as refused:
+                await self._leave(transaction, refused)
+                raise
+        else:
+            await self._leave(transaction, error)
+
+    @staticmethod
+    async def _leave(transaction: Transaction, error: BaseException) -> None:
+        """Roll back what has not ended; the error that ended the block stays the one that is raised."""
+        if transaction.phase in ENDED:
             return
         try:
             await transaction.rollback()

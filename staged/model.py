@@ -22,6 +22,7 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "Listed",
+    "Manifest",
     "Mode",
     "Outcome",
     "Plan",
@@ -168,6 +169,16 @@ class Ref:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a transaction staged, written down: where, and the sums for its receipt."""
+
+    entries: Ref
+    files: int
+    rows: int | None
+    bytes: int
+
+
 class HeadState(StrEnum):
     """`FREE`: nobody commits. `HELD`: somebody plans to. `COMMITTED`: decided, to be completed by anybody."""
 
@@ -191,10 +202,11 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One commit: the epoch at which it was decided, its transaction and its key."""
+    """One commit: the epoch at which it was decided, its transaction, the attempt that names its plan, and its key."""
 
     epoch: int
     transaction: str
+    attempt: str
     key: str | None = None
 
 
@@ -238,7 +250,7 @@ class TxRecord:
     allow_empty: bool = False
     keep_old: int = 1
     deletes: tuple[str, ...] = ()
-    manifest: Ref | None = None
+    manifest: Manifest | None = None
     nonce: str = ""
 
 
@@ -251,10 +263,7 @@ class PlanHeader:
     epoch: int
     key: str | None
     previous: str | None
-    manifest: Ref
-    files: int
-    rows: int | None
-    bytes: int
+    manifest: Manifest
     keep_old: int
     trees: Trees | None
     parts: int = 1
@@ -362,16 +371,23 @@ class Status:
     commits: int
     last: LedgerEntry | None
     transactions: tuple[TransactionStatus, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What `recover` or `gc` did: ids of transactions, and of those that it left alone."""
+    """What `recover` or `gc` did: ids of transactions, and of those that it left alone.
+
+    Attributes:
+        damaged: Transactions whose record cannot be read; nothing was done with them.
+        collected: How many control records and old trees were deleted.
+    """
 
     finished: tuple[str, ...] = ()
     rolled_back: tuple[str, ...] = ()
     prepared: tuple[str, ...] = ()
     alive: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
     collected: int = 0
 
 

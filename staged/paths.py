@@ -25,7 +25,7 @@ MAX_PATH = 1000
 # A part holds no control character, none of \ : < > " | ? *, and does not end in a dot or a space.
 _PART = r'[^\x00-\x1f\x7f-\x9f/\\:<>"|?*]*[^\x00-\x1f\x7f-\x9f/\\:<>"|?*. ]'
 _PATH = re.compile(rf"{_PART}(?:/{_PART})*")
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³])(?:\..*)?", re.IGNORECASE)
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|(?:com|lpt)[0-9¹²³]) *(?:\..*)?", re.IGNORECASE)
 # One look at the whole path tells whether a part could be a device name or the reserved one.
 _SUSPECT = re.compile(r"(?:^|/)(?:con|prn|aux|nul|com|lpt|_staged)", re.IGNORECASE)
 
@@ -53,7 +53,7 @@ def parse(path: str) -> str:
                 raise InvalidPath(f"{path!r} uses the reserved name {RESERVED!r}.")
             if _DEVICE.fullmatch(part):
                 raise InvalidPath(f"{path!r} has the part {part!r}, a device name on Windows.")
-    elif not path.isascii() and RESERVED in fold(path).split("/"):
+    if not path.isascii() and RESERVED in fold(path).split("/"):
         raise InvalidPath(f"{path!r} reads as the reserved name {RESERVED!r}.")
     return path
 
@@ -67,7 +67,12 @@ def fold(path: str) -> str:
     """The form under which a store that folds case and Unicode sees a path; equal forms collide there."""
     if path.isascii():
         return path.lower()
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", path).casefold())
+    return "/".join(map(_fold_part, path.split("/")))
+
+
+def _fold_part(part: str) -> str:
+    # NFKC makes "c/o" of one character: on every store it is part of one name all the same.
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold()).replace("/", "\uff0f")
 
 
 def parents(path: str) -> list[str]:

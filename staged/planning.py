@@ -17,7 +17,7 @@ from staged.errors import Conflict, Exists, InvalidInput, StagingError
 from staged.model import Capabilities, Entry, Listed, Mode, Plan
 from staged.paths import RESERVED, fold, parents
 
-__all__ = ["BLIND", "REPLACING", "Scope", "Work", "check", "make_plan", "overlap", "partitions_of", "scope"]
+__all__ = ["BLIND", "REPLACING", "Scope", "Work", "check", "guarded", "make_plan", "overlap", "partitions_of", "scope"]
 
 REPLACING = frozenset({Mode.OVERWRITE_PARTITIONS, Mode.FULL_DROP})
 """Modes in which what is not staged again is removed."""
@@ -57,35 +57,36 @@ def check(work: Work, store: Capabilities) -> None:
         raise StagingError(
             f"Nothing was staged, and mode {work.mode.value!r} would remove what is there. Pass allow_empty=True to mean it."
         )
-    staged = {entry.path for entry in work.entries}
+    key: Callable[[str], str] = fold if store.folds else str
+    staged = {key(entry.path) for entry in work.entries}
     if store.nests:
         for directory in _directories(staged):
             if directory in staged:
                 raise StagingError(f"{directory!r} is staged as a file, and as a directory by what is staged below it.")
-    replaced = partitions_of(work)
+    replaced = partitions_of(work, key)
     for path in work.deletes:
-        if path in staged:
+        if key(path) in staged:
             raise InvalidInput(f"{path!r} is both written and deleted by this transaction.")
         if work.mode is Mode.FULL_DROP:
             raise InvalidInput(f"{path!r} needs no delete: mode 'full_drop' removes everything that is not staged.")
-        if any(_is_below(path, partition) for partition in replaced):
+        if any(_is_below(key(path), partition) for partition in replaced):
             raise InvalidInput(f"{path!r} needs no delete: its partition is replaced.")
 
 
-def partitions_of(work: Work) -> tuple[str, ...]:
-    """The directories that `overwrite_partitions` replaces; none for other modes.
+def partitions_of(work: Work, key: Callable[[str], str]) -> tuple[str, ...]:
+    """The directories that `overwrite_partitions` replaces, as the store folds them; none for other modes.
 
     Raises:
         InvalidInput: A file lies outside every partition, or partitions lie in one another.
     """
     if work.mode is not Mode.OVERWRITE_PARTITIONS:
         return ()
-    received = {entry.path.rpartition("/")[0] for entry in work.entries}
+    received = {key(directory) for directory in _received(work)}
     if "" in received:
         raise InvalidInput(
             "Mode 'overwrite_partitions' takes no files at the root: each must lie in a partition's directory."
         )
-    chosen = sorted(received if work.partitions is None else set(work.partitions))
+    chosen = sorted(received if work.partitions is None else set(map(key, work.partitions)))
     known = set(chosen)
     for partition in chosen:
         for above in parents(partition):
@@ -103,13 +104,15 @@ def scope(work: Work) -> Scope:
         return Scope(prefixes=("",))
     if work.mode in (Mode.ERROR, Mode.IGNORE):
         return Scope(prefixes=("",), until_first_file=True)
-    partitions = partitions_of(work)
+    partitions: Collection[str] = ()
+    if work.mode is Mode.OVERWRITE_PARTITIONS:
+        partitions = _received(work) if work.partitions is None else work.partitions
     names = set(work.deletes)
     if work.mode in BLIND:
         names.update(entry.path for entry in work.entries)
         names |= _directories(names)
     names.update(above for partition in partitions for above in (partition, *parents(partition)))
-    return Scope(prefixes=partitions, names=frozenset(names))
+    return Scope(prefixes=tuple(partitions), names=frozenset(names))
 
 
 def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Plan:
@@ -121,6 +124,7 @@ def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Pla
             would cover another target's control area.
     """
     key: Callable[[str], str] = fold if store.folds else str
+    listing = list(listing)
     found = {key(listed.path): listed for listed in listing}
     if work.mode in (Mode.ERROR, Mode.IGNORE):
         held = next((listed for listed in found.values() if not listed.is_dir), None)
@@ -128,10 +132,10 @@ def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Pla
             return Plan(skipped=True)
         if held is not None:
             raise Exists(f"The target is not empty: it holds {held.path!r}. Mode 'error' changes nothing then.")
-    partitions = partitions_of(work)
-    removable = _removable(work, found.values(), partitions, key)
+    partitions = partitions_of(work, key)
+    removable = _removable(work, listing, partitions, key)
     if store.nests:
-        _check_nesting(work, found, key)
+        _check_nesting(work, partitions, found, key)
     replaces: dict[str, str] = {}
     for entry in work.entries:
         namesake = found.get(key(entry.path))
@@ -144,7 +148,7 @@ def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Pla
         if work.mode not in (*REPLACING, Mode.OVERWRITE_FILES):
             raise Exists(f"{entry.path!r} exists in the target; mode {work.mode.value!r} only adds new names.")
         replaces[entry.path] = namesake.identity
-        removable.pop(key(entry.path), None)
+        removable.pop(namesake.path, None)
     return Plan(publish=tuple(work.entries), replaces=replaces, remove=tuple(removable.values()))
 
 
@@ -153,11 +157,11 @@ def _removable(
 ) -> dict[str, Listed]:
     """Everything that the plan removes unless a staged file takes its name."""
     deletes = {key(path): path for path in work.deletes}
-    folded = {key(partition) for partition in partitions}
+    replaced = set(partitions)
     removable: dict[str, Listed] = {}
     for listed in found:
         name = key(listed.path)
-        covered = work.mode is Mode.FULL_DROP or not folded.isdisjoint(parents(name))
+        covered = work.mode is Mode.FULL_DROP or not replaced.isdisjoint(parents(name))
         if covered and RESERVED in listed.path.split("/"):
             raise Conflict(
                 f"The target holds {listed.path!r}, the control area of another target. Replacing this one would destroy "
@@ -167,35 +171,45 @@ def _removable(
         if listed.is_dir:
             continue
         if covered or name in deletes:
-            removable[name] = listed
+            removable[listed.path] = listed
             deletes.pop(name, None)
     if deletes:
         raise Conflict(f"{next(iter(deletes.values()))!r} is to be deleted, but the target has no such file.")
     return removable
 
 
-def _check_nesting(work: Work, found: dict[str, Listed], key: Callable[[str], str]) -> None:
-    for directory in _directories(entry.path for entry in work.entries):
+def _check_nesting(
+    work: Work, partitions: Collection[str], found: dict[str, Listed], key: Callable[[str], str]
+) -> None:
+    for directory in _directories(entry.path for entry in work.entries) | set(partitions):
         at = found.get(key(directory))
         if at is not None and not at.is_dir:
-            raise Conflict(f"{at.path!r} is a file in the target; files cannot be staged below it.", retryable=False)
+            raise Conflict(f"{at.path!r} is a file in the target; files cannot lie below it.", retryable=False)
+
+
+def guarded(work: Work, store: Capabilities) -> list[str]:
+    """Our names that no commit since our base may have touched: what we write, unless we replace it all, and delete."""
+    written = [entry.path for entry in work.entries] if work.mode in BLIND or store.strict_overlap else []
+    return [*written, *work.deletes]
 
 
 def overlap(work: Work, store: Capabilities, touched: Collection[str], *, whole: bool) -> str | None:
-    """A name that a commit since our base touched and that we write or delete; None where we may follow it.
+    """A guarded name of ours that a commit since our base touched; None where we may follow it.
 
     Args:
         touched: The names that it wrote or removed.
-        whole: It replaced the whole target, so that any name may have been removed.
+        whole: It replaced the whole target, so that any name may have been removed. A name to append is then free.
     """
-    if work.mode not in BLIND and not store.strict_overlap:
-        return None
     key: Callable[[str], str] = fold if store.folds else str
-    ours = {key(entry.path): entry.path for entry in work.entries}
-    ours.update((key(path), path) for path in work.deletes)
-    if whole and ours and work.mode is not Mode.APPEND:
-        return next(iter(ours.values()))
+    ours = {key(name): name for name in guarded(work, store)}
+    if whole and ours and (work.mode is not Mode.APPEND or work.deletes):
+        return next(reversed(ours.values()))
     return next((ours[name] for name in map(key, touched) if name in ours), None)
+
+
+def _received(work: Work) -> set[str]:
+    """The directories that directly received a staged file."""
+    return {entry.path.rpartition("/")[0] for entry in work.entries}
 
 
 def _directories(names: Iterable[str]) -> set[str]:

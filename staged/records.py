@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
 
 from staged import paths
-from staged.errors import DamagedRecord, StagedError
-from staged.model import Entry, Head, Ledger, Listed, Outcome, PlanPart, TxRecord
+from staged.errors import DamagedRecord, InvalidInput, StagedError
+from staged.model import Entry, Head, Ledger, Listed, Outcome, PlanPart, Ref, TxRecord
 
 __all__ = [
     "MAX_KEY",
@@ -43,8 +44,11 @@ MAX_KEY = 256
 """Characters of a transaction's key."""
 MAX_META = 16 * 1024
 """Bytes of the merged meta as JSON."""
+MAX_DEPTH = 100
+"""Levels of nesting in it, so that it can be read from any stack."""
 
 _ID = re.compile(r"[0-9a-f]{24}")
+_NUMBER = re.compile(rb"[1-9][0-9]{0,8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +92,11 @@ def digest_of(bodies: list[bytes]) -> str:
 
 
 def encode(value: object) -> bytes:
-    """A record as bytes."""
-    text = msgspec.json.encode(value)
+    """A record as bytes; raises `InvalidInput` where it names something that UTF-8 cannot carry."""
+    try:
+        text = msgspec.json.encode(value)
+    except UnicodeEncodeError as error:
+        raise InvalidInput(f"{error.object!r} cannot be recorded: its name is not UTF-8. Rename it.") from error
     return f"staged {VERSION} {_KINDS[type(value)]} {hashlib.sha256(text).hexdigest()}\n".encode() + text + b"\n"
 
 
@@ -106,7 +113,7 @@ def decode(kind: type[T], body: bytes, key: str) -> T:
     """
     header, newline, text = body.partition(b"\n")
     words = header.split(b" ")
-    if not newline or len(words) != 4 or words[0] != b"staged" or not words[1].isdigit():
+    if not newline or len(words) != 4 or words[0] != b"staged" or not _NUMBER.fullmatch(words[1]):
         raise DamagedRecord(
             f"The control record {key!r} is not one of ours, or is truncated. Nothing was done with it."
         )
@@ -124,7 +131,7 @@ def decode(kind: type[T], body: bytes, key: str) -> T:
         if msgspec.json.encode(value) != text[:-1]:
             raise DamagedRecord(f"The control record {key!r} is not in the form that it is written in.")
         _check(value)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
         raise DamagedRecord(f"The control record {key!r} cannot be decoded: {error}") from error
     except StagedError as error:
         if isinstance(error, DamagedRecord):
@@ -134,21 +141,44 @@ def decode(kind: type[T], body: bytes, key: str) -> T:
 
 
 def check_key(key: str | None) -> None:
-    """Raise `ValueError` for a key that is empty or over 256 characters."""
-    if key is not None and not 0 < len(key) <= MAX_KEY:
-        raise ValueError(f"A key has 1 to {MAX_KEY} characters.")
+    """Raise `InvalidInput` for a key that is empty, over 256 characters, or no UTF-8."""
+    if key is not None and not (0 < len(key) <= MAX_KEY and _is_text(key)):
+        raise InvalidInput(f"A key has 1 to {MAX_KEY} characters that can be written as UTF-8.")
 
 
 def check_meta(meta: dict[str, object]) -> None:
-    """Raise `ValueError` for a meta that JSON cannot carry as it is, or that is over 16 KiB."""
+    """Raise `InvalidInput` for a meta that JSON cannot carry as it is, or that is over 16 KiB."""
+    if _depth(meta) > MAX_DEPTH:
+        raise InvalidInput(f"The meta is nested more than {MAX_DEPTH} levels deep.")
     try:
         text = msgspec.json.encode(meta)
-    except (TypeError, msgspec.MsgspecError, RecursionError) as error:
-        raise ValueError(f"The meta cannot be written as JSON: {error}") from error
+        same = msgspec.json.decode(text) == meta
+    except (TypeError, ValueError, msgspec.MsgspecError, RecursionError) as error:
+        raise InvalidInput(f"The meta cannot be written as JSON: {error}") from error
     if len(text) > MAX_META:
-        raise ValueError(f"The meta has {len(text)} bytes as JSON; it may have {MAX_META}.")
-    if msgspec.json.decode(text) != meta:
-        raise ValueError("The meta does not survive JSON: use strings, numbers, booleans, None, lists and dicts.")
+        raise InvalidInput(f"The meta has {len(text)} bytes as JSON; it may have {MAX_META}.")
+    if not same:
+        raise InvalidInput("The meta does not survive JSON: use strings, numbers, booleans, None, lists and dicts.")
+
+
+def _depth(value: object) -> int:
+    """Levels of nesting, at most one more than is allowed; without recursion, since that is what it guards."""
+    depth, level = 0, [value]
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [
+            item for items in inner if not isinstance(items, str) and isinstance(items, Iterable) for item in items
+        ]
+    return depth
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check(value: object) -> None:
@@ -163,11 +193,16 @@ def _check(value: object) -> None:
             _check_listed(listed)
         if value.header is not None:
             _check_id(value.header.transaction)
+            _check_ref(value.header.manifest.entries, least=0)
     elif isinstance(value, TxRecord):
         _check_id(value.id)
+        if value.manifest is not None:
+            _check_ref(value.manifest.entries, least=0)
         for path in (*value.deletes, *(value.partitions or ())):
             paths.parse(path)
     elif isinstance(value, Head):
+        for ref in filter(None, (value.plan, value.ledger)):
+            _check_ref(ref, least=1)
         if value.transaction is not None:
             _check_id(value.transaction)
     elif isinstance(value, Ledger):
@@ -180,6 +215,11 @@ def _check(value: object) -> None:
 def _check_id(text: str) -> None:
     if not is_id(text):
         raise DamagedRecord(f"{text!r} is not the id of a transaction.")
+
+
+def _check_ref(ref: Ref, least: int) -> None:
+    if any(part in ("", ".", "..") for part in ref.key.split("/")) or "\0" in ref.key or ref.count < least:
+        raise DamagedRecord(f"{ref.key!r} is not the name of a control record.")
 
 
 def _check_entry(entry: Entry) -> None:

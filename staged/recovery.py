@@ -12,7 +12,7 @@ from staged import states
 from staged.commit import Stop, discard, look, settle
 from staged.control import Target, outcome_key, read_head, read_outcome, read_record, record_key, swap
 from staged.driver import Lock
-from staged.errors import Busy
+from staged.errors import Busy, DamagedRecord
 from staged.model import HeadState, Outcome, Receipt, Recovered, Resolve, TxState
 from staged.records import encode, is_id
 
@@ -88,8 +88,13 @@ async def recover(
     except Busy:
         head, _ = await read_head(target.driver)
         alive += [head.transaction] if head.transaction else []
-    rolled_back: list[str] = []
-    prepared: list[str] = []
+    fates: dict[str, list[str]] = {
+        "committed": finished,
+        "rolled_back": [],
+        "prepared": [],
+        "alive": alive,
+        "damaged": [],
+    }
     for tx in sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")}):
         if not is_id(tx) or tx in alive:
             continue
@@ -99,12 +104,22 @@ async def recover(
             continue
         try:
             fate = await _recover_one(target, tx, owner, lock, older_than)
+        except Busy:
+            fate = "alive"
+        except DamagedRecord:
+            fate = "damaged"
         finally:
             if lock is not None:
                 lock.release()
         if fate is not None:
-            {"rolled_back": rolled_back, "prepared": prepared, "committed": finished}.get(fate, alive).append(tx)
-    return Recovered(tuple(dict.fromkeys(finished)), tuple(rolled_back), tuple(prepared), tuple(alive))
+            fates.setdefault(fate, alive).append(tx)
+    return Recovered(
+        finished=tuple(dict.fromkeys(finished)),
+        rolled_back=tuple(fates["rolled_back"]),
+        prepared=tuple(fates["prepared"]),
+        alive=tuple(alive),
+        damaged=tuple(fates["damaged"]),
+    )
 
 
 async def _recover_one(target: Target, tx: str, owner: str, lock: Lock | None, older_than: float | None) -> str | None:
@@ -124,30 +139,36 @@ async def _recover_one(target: Target, tx: str, owner: str, lock: Lock | None, o
     dead = lock is not None and (record.block or record.state is not TxState.PREPARED)
     if not dead and not old:
         return "prepared" if record.state is TxState.PREPARED and not record.block else "alive"
-    return (await abort(target, tx, owner, sole=True)).state
+    return (await abort(target, tx, owner, sole=lock is not None or old)).state
 
 
 async def collect(target: Target, older_than: float) -> int:
     """Delete old outcomes with their manifests and plans, superseded ledgers and old trees; the number of deletions."""
     driver = target.driver
-    head, _ = await read_head(driver)
     doomed: list[str] = []
     logs: dict[str, list[str]] = {}
     for key in await driver.list_control("log/"):
         logs.setdefault(key.removeprefix("log/").partition("-")[0], []).append(key)
-    outcomes = {key.split("/")[1] for key in await driver.list_control("outcome/")}
+    outcomes = {key.removeprefix("outcome/") for key in await driver.list_control("outcome/")}
+    head, _ = await read_head(driver)
     for tx in sorted(logs.keys() | outcomes):
-        # A live transaction has a record; one that ended wrote its outcome before its record went.
-        if not is_id(tx) or await read_record(driver, tx) is not None:
+        if not is_id(tx) or tx == head.transaction:
             continue
-        ended = await read_outcome(driver, tx) is not None
-        if await _is_older(target, outcome_key(tx) if ended else logs[tx][0], older_than):
-            doomed += [*logs.get(tx, ()), outcome_key(tx)]
+        try:
+            # A live transaction has a record; one that ended wrote its outcome before its record went.
+            if await read_record(driver, tx) is not None:
+                continue
+            ended = await read_outcome(driver, tx) is not None
+        except DamagedRecord:
+            continue
+        keys = logs.get(tx, [])
+        if (keys or ended) and await _is_older(target, outcome_key(tx) if ended else keys[0], older_than):
+            doomed += [*keys, outcome_key(tx)]
     # Nobody writes a ledger of an epoch that is over.
     over = head.epoch if head.state is HeadState.FREE else head.epoch - 1
     for key in await driver.list_control("ledger-"):
         ledger, _, _ = key.rpartition("-")
-        epoch = ledger.removeprefix("ledger-")
+        epoch = key.split("-")[1]
         superseded = head.ledger is None or ledger != head.ledger.key
         if epoch.isdigit() and int(epoch) <= over and superseded and await _is_older(target, key, older_than):
             doomed.append(key)

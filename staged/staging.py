@@ -103,6 +103,7 @@ class Staging:
         self._target = target
         self._entries: dict[str, Entry] = {}  # by folded path, so that twins are seen
         self._writing: set[str] = set()
+        self._scratches = 0
         self._rows: dict[str, int] = {}
         self._nowhere = False
         self._handles = 0
@@ -179,7 +180,8 @@ class Staging:
             local = os.path.join(root, *paths.parse_prefix(prefix).split("/")) if prefix else root
             await to_thread.run_sync(lambda: os.makedirs(local, exist_ok=True))
             yield local
-            found = [paths.parse(path) for path in await to_thread.run_sync(_walk, root)]
+            with self._errors(prefix):
+                found = [paths.parse(path) for path in await to_thread.run_sync(_walk, root)]
             opened: list[str] = []
             try:
                 for path in found:
@@ -198,6 +200,12 @@ class Staging:
 
     def _check_staging(self) -> None:
         """Raise `WrongState` unless the transaction still takes writes."""
+
+    def _check_written(self) -> None:
+        """Raise `WrongState` while a write is open."""
+        if self._writing or self._scratches:
+            what = repr(min(self._writing)) if self._writing else "A directory"
+            raise WrongState(f"{what} is still being written by transaction {self.id}.", transaction=self.id)
 
     def _open(self, path: str, overwrite: bool) -> None:
         self._check_staging()
@@ -254,6 +262,15 @@ class Staging:
     async def _scratch(self, path: str) -> AsyncIterator[tuple[str, bool]]:
         """A fresh directory that is gone afterwards, and whether the store can move files out of it without copying."""
         self._check_staging()
+        self._scratches += 1
+        try:
+            async with self._scratch_made(path) as made:
+                yield made
+        finally:
+            self._scratches -= 1
+
+    @asynccontextmanager
+    async def _scratch_made(self, path: str) -> AsyncIterator[tuple[str, bool]]:
         with self._errors(path):
             own = None if self._nowhere else await self._target.driver.scratch(self.id)
         root = own if own is not None else await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="staged-"))
@@ -340,9 +357,14 @@ async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterato
 
 
 def _walk(root: str) -> list[str]:
-    """Every file below a directory, as relative POSIX paths. Symbolic links are not followed, and refused by `adopt`."""
+    """Every file below a directory, as relative POSIX paths. Links are not followed: `adopt` refuses them."""
+
+    def unreadable(error: OSError) -> None:
+        raise StorageError(f"{error.strerror}: {error.filename!r}.") from error
+
     found: list[str] = []
-    for directory, _, files in os.walk(root):
-        relative = os.path.relpath(directory, root).replace(os.sep, "/")
-        found += files if relative == "." else [f"{relative}/{name}" for name in files]
+    for directory, below, files in os.walk(root, onerror=unreadable):
+        at = os.path.relpath(directory, root).replace(os.sep, "/")
+        names = files + [name for name in below if os.path.islink(os.path.join(directory, name))]
+        found += names if at == "." else [f"{at}/{name}" for name in names]
     return sorted(found)

@@ -18,7 +18,7 @@ from staged._waitout import run_to_end
 from staged.commit import look
 from staged.control import HEAD, Target, read_both, read_record, record_key
 from staged.driver import Driver
-from staged.errors import InvalidInput, StagedError, Unsupported, WrongState
+from staged.errors import DamagedRecord, InvalidInput, StagedError, Unsupported, WrongState
 from staged.lifecycle import Block, Check, Options, Transaction
 from staged.model import (
     Capabilities,
@@ -187,7 +187,13 @@ class Store:
         target = await self._probed()
         head, ledger = await read_both(target.driver)
         ids = sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")})
-        found = [await self._status_of(target, tx) for tx in ids if is_id(tx)]
+        found: list[TransactionStatus | None] = []
+        damaged: list[str] = []
+        for tx in filter(is_id, ids):
+            try:
+                found.append(await self._status_of(target, tx))
+            except DamagedRecord:
+                damaged.append(tx)
         return Status(
             head=head.state,
             epoch=head.epoch,
@@ -195,6 +201,7 @@ class Store:
             commits=len(ledger.commits),
             last=ledger.commits[-1] if ledger.commits else None,
             transactions=tuple(status for status in found if status is not None),
+            damaged=tuple(damaged),
         )
 
     async def outcome(self, id: str) -> Outcome:
@@ -257,14 +264,18 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        try:
-            for transaction in list(self._open):
+        failed: StagedError | None = None
+        for transaction in self._open:
+            try:
                 if transaction.phase is Phase.PREPARED:
                     await transaction.release()
                 elif transaction.phase is Phase.STAGING:
                     await transaction.rollback()
-        finally:
-            await self._driver.aclose()
+            except StagedError as error:
+                failed = error
+        await self._driver.aclose()
+        if failed is not None:
+            raise failed
 
     async def __aenter__(self) -> Store:
         return self

@@ -45,6 +45,7 @@ BESIDE = {
 }
 # What is imported within functions; all else is imported at the top of a module.
 ON_USE = {
+    ("pinning", "fcntl"),
     ("lifecycle", "staged.arrow"),
     ("_waitout", "trio"),
     ("cli", "staged.demo"),

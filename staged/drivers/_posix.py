@@ -142,6 +142,8 @@ def open_below(path: str | int, parts: Sequence[str], *, create: bool = False) -
     fd = os.open(path, DIRECTORY) if isinstance(path, str) else os.dup(path)
     try:
         for part in parts:
+            if part in ("", ".", ".."):
+                raise OSError(errno.EINVAL, "is not a name below a directory", part)
             try:
                 deeper = os.open(part, DIRECTORY, dir_fd=fd)
             except FileNotFoundError:
@@ -187,6 +189,12 @@ def file_identity(found: os.stat_result) -> str:
 
 # ------------------------------------------------------------------------------------------------------------------ locks
 
+
+def _flock(kind: int) -> bytes:
+    """A struct flock over the whole file; see fcntl(2)."""
+    return struct.pack("@hhqqi4x", kind, os.SEEK_SET, 0, 0, 0)
+
+
 _locks: weakref.WeakSet[CountedLock] = weakref.WeakSet()
 
 
@@ -206,11 +214,10 @@ class CountedLock:
         _locks.add(self)
 
     @classmethod
-    def take(cls, fd: int, *, wait: bool = False) -> CountedLock | None:
+    def take(cls, fd: int) -> CountedLock | None:
         """Lock a file, and own its descriptor; None where another open file description has the lock."""
-        request = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         try:
-            fcntl.fcntl(fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK))
         except BlockingIOError:
             os.close(fd)
             return None
@@ -235,6 +242,12 @@ class CountedLock:
                 if self._closed and self._users == 0 and not self._draining:
                     self._close()
 
+    def wait_idle(self) -> None:
+        """Wait for what runs now: work of callers that were cancelled."""
+        with self._condition:
+            while self._users > 0:
+                self._condition.wait()
+
     def drain(self) -> None:
         """Let no further work start, and wait for what runs. The lock stays held until `release`."""
         with self._condition:
@@ -249,8 +262,11 @@ class CountedLock:
             if self._users == 0:
                 self._close()
 
-    def _close(self) -> None:
+    def _close(self, *, in_child: bool = False) -> None:
         if self._fd >= 0:
+            if not in_child:
+                # A child that is being forked may have a copy of the descriptor: closing ours would not unlock.
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK))
             os.close(self._fd)
             self._fd = -1
 
@@ -258,7 +274,7 @@ class CountedLock:
 def _drop_in_child() -> None:
     for lock in list(_locks):
         # The mutex may have been held by a thread that does not exist in the child: it is not asked for.
-        lock._close()
+        lock._close(in_child=True)
 
 
 os.register_at_fork(after_in_child=_drop_in_child)

@@ -19,11 +19,12 @@ import fcntl
 import hashlib
 import itertools
 import os
+import re
 import stat
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -31,8 +32,20 @@ from anyio import to_thread
 
 from staged import paths
 from staged.driver import Driver, LogHandle, Record
-from staged.drivers import _posix, _slots
+from staged.drivers import _posix
+from staged.drivers._area import ControlArea, exists, remove_tree, unlink
 from staged.drivers._posix import CountedLock, file_identity, opened
+from staged.drivers._trees import (
+    by_directory,
+    identity,
+    identity_at,
+    move_new,
+    nested_control,
+    publish_into,
+    remove_one,
+    status_of,
+    walk,
+)
 from staged.errors import Conflict, InvalidInput, StagedError, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, fold
@@ -46,21 +59,21 @@ _FEW = 32
 _BUFFER = 1 << 20
 """Bytes of a file that are kept until a worker thread is asked to write them."""
 _STAGING = frozenset({"tree", "part"})
+_OLD = re.compile(r"[0-9]{16}-[0-9a-f]{24}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Site:
-    """Where things are, found once: `above` and `name` are the target, `control` the parts below `root`."""
+    """Where things are, found once: the target is `name` in `above`."""
 
     above: str
     name: str
-    root: str
-    control: tuple[str, ...]
+    area: ControlArea
 
     @property
     def inside(self) -> bool:
         """The control area lies in the target."""
-        return self.control == (RESERVED, RESERVED)
+        return self.area.parts == (RESERVED, RESERVED)
 
 
 class LocalDriver(Driver):
@@ -89,7 +102,6 @@ class LocalDriver(Driver):
         self._finding = threading.Lock()
         self._folds = False
         self._held: dict[str, CountedLock] = {}
-        self._unsynced: list[str] = []
         self._numbers = itertools.count()
 
     def child(self, path: str) -> LocalDriver:
@@ -128,7 +140,8 @@ class LocalDriver(Driver):
             raise Unsupported(f"{self.url!r} lies in a control area.")
         if os.path.lexists(target) and not os.path.isdir(target):
             raise Unsupported(f"{self.url!r} is a file; a target is a directory.")
-        return _Site(above, name, *self._choose(target, above, name))
+        root, parts = self._choose(target, above, name)
+        return _Site(above, name, ControlArea(root, parts, durable=self._durable))
 
     def _choose(self, target: str, above: str, name: str) -> tuple[str, tuple[str, ...]]:
         """The control area that is there; else beside the target, or in it where the parent cannot hold it."""
@@ -137,29 +150,34 @@ class LocalDriver(Driver):
                 raise InvalidInput(f"staging={self._staging!r} lies in the target, which a full_drop replaces.")
             return self._staging, (RESERVED, f"{name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}")
         beside, inside = (RESERVED, name), (RESERVED, RESERVED)
-        if os.path.exists(os.path.join(above, *beside, "head")):
+        # One that is there is the only one, even for a user whom it shuts out: two heads would serialise nothing.
+        if os.path.lexists(os.path.join(above, *beside)):
             return above, beside
         mounted = os.path.ismount(target)
         closed = os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK)
-        if mounted or closed or os.path.exists(os.path.join(target, *inside, "head")):
+        if mounted or closed or os.path.lexists(os.path.join(target, *inside)):
             return target, inside
         return above, beside
 
     def _probe(self) -> Capabilities:
         """Make the control area, and try there what the file system can do."""
         site = self._site
+        root = site.area.root
         os.makedirs(site.above, exist_ok=True)
-        os.makedirs(site.root, exist_ok=True)
-        if os.stat(site.root).st_dev != os.stat(site.above).st_dev and not site.inside:
+        os.makedirs(root, exist_ok=True)
+        if os.stat(root).st_dev != os.stat(site.above).st_dev and not site.inside:
             raise Unsupported(f"staging={self._staging!r} is on another file system than {self.url!r}.")
         try:
-            with self._control(create=True) as fd:
+            with site.area.opened(create=True) as fd:
                 os.fchmod(fd, 0o700)
                 swaps, folds = self._try(fd)
         except PermissionError as error:
             raise Unsupported(
-                f"{self.url!r} cannot be written: there is no room for its control area ({error})."
+                f"{self.url!r} cannot be written: its control area is closed to this user ({error})."
             ) from error
+        for parts in ((), site.area.parts[:-1]):
+            with opened(root, *parts) as fd:
+                self._sync(fd)
         always: frozenset[Guarantee] = frozenset({"serialised", "fenced", "no_gap"})
         guarantees = dict.fromkeys(Mode, always)
         if swaps := swaps and not site.inside:
@@ -178,16 +196,10 @@ class LocalDriver(Driver):
                 _posix.exchange(fd, "a", fd, "B")
             except OSError:
                 swaps = False
-            folds = _exists(fd, "b")
+            folds = exists(fd, "b")
             _posix.clear_directory(fd)
         os.rmdir(scratch, dir_fd=control)
         return swaps, folds
-
-    @contextmanager
-    def _control(self, *parts: str, create: bool = False) -> Iterator[int]:
-        site = self._site
-        with opened(site.root, *site.control, *parts, create=create) as fd:
-            yield fd
 
     @contextmanager
     def _target(self, *parts: str) -> Iterator[int]:
@@ -201,182 +213,50 @@ class LocalDriver(Driver):
     # ------------------------------------------------------------------------------------------------ the control area
 
     async def read(self, key: str) -> Record | None:
-        return await self._run(lambda: self._read(key))
-
-    def _read(self, key: str) -> Record | None:
-        *parts, name = key.split("/")
-        try:
-            with self._control(*parts) as fd:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-        except FileNotFoundError:
-            return None
-        with open(file, "rb", buffering=0) as reader:
-            body = _slots.read(reader.fileno()) if _is_swapped(key) else reader.readall()
-            if not body and os.fstat(file).st_size:
-                body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
-        return Record(body, _slots.token(body)) if body else None
+        return await self._run(lambda: self._site.area.read(key))
 
     async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
-        return await self._run(lambda: self._cas(key, body, token, durable), *(["lock"] if key == "head" else []))
-
-    def _cas(self, key: str, body: bytes, token: str | None, durable: bool) -> str | None:
-        *parts, name = key.split("/")
-        with self._control() as fd:
-            lock = CountedLock.take(_lock_file(fd, "cas"), wait=True)
-        assert lock is not None
-        with ExitStack() as stack:
-            stack.callback(lock.release)
-            fd = stack.enter_context(self._control(*parts, create=True))
-            created = not _exists(fd, name)
-            file = _lock_file(fd, name)
-            stack.callback(os.close, file)
-            found = _slots.read(file)
-            if (_slots.token(found) if found else None) != token:
-                return None
-            if durable and self._durable:
-                self._sync_segments()
-            _slots.write(file, body)
-            if durable:
-                self._sync(file)
-                if created:
-                    self._sync(fd)
-            return _slots.token(body)
+        locks = ["lock"] if key == "head" else []
+        return await self._run(lambda: self._site.area.cas(key, body, token, durable=durable), *locks)
 
     async def put_segment(self, key: str, body: bytes) -> bool:
-        return await self._run(lambda: self._put_segment(key, body))
+        return await self._run(lambda: self._site.area.put_segment(key, body))
 
-    def _put_segment(self, key: str, body: bytes) -> bool:
-        *parts, name = key.split("/")
-        temporary = f"{name}.{os.getpid()}-{next(self._numbers)}.tmp"
-        with self._control(*parts, create=True) as fd:
-            if _exists(fd, name):
-                return False
-            file = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd
-            )
-            with open(file, "wb", buffering=0) as writer:
-                writer.write(body)
-            error = _posix.rename_new(fd, temporary, fd, name)
-            if error:
-                _unlink(fd, temporary)
-                if error != errno.EEXIST:
-                    raise OSError(error, os.strerror(error), key)
-                return False
-            self._unsynced.append(key)
-        return True
-
-    def _sync_segments(self) -> None:
-        """Make the segments durable that were put since the last time."""
-        count = len(self._unsynced)
-        directories: set[str] = set()
-        with ExitStack() as stack:
-            files = []
-            for key in self._unsynced[:count]:
-                *parts, name = key.split("/")
-                try:
-                    fd = stack.enter_context(self._control(*parts))
-                    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                except FileNotFoundError:
-                    continue  # deleted meanwhile
-                stack.callback(os.close, file)
-                files.append(file)
-                directories.add("/".join(parts))
-            for file in files:
-                _posix.start_writing(file)
-            for file in files:
-                os.fsync(file)
-            for directory in sorted(directories):
-                os.fsync(stack.enter_context(self._control(*filter(None, directory.split("/")))))
-        del self._unsynced[:count]
-
-    async def list_control(self, prefix: str) -> list[str]:
-        return await self._run(lambda: self._list_control(prefix))
-
-    def _list_control(self, prefix: str) -> list[str]:
-        *parts, start = prefix.split("/")
-        found: list[str] = []
-        try:
-            with self._control(*parts) as fd:
-                self._collect(fd, "/".join([*parts, ""]), start, found)
-        except FileNotFoundError:
-            pass
-        return sorted(found)
-
-    def _collect(self, fd: int, at: str, start: str, found: list[str]) -> None:
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                name = entry.name
-                if not name.startswith(start) or name.endswith(".tmp"):
-                    continue
-                if not entry.is_dir(follow_symlinks=False):
-                    found.append(f"{at}{name}")
-                elif at == "tx/":
-                    before = len(found)
-                    try:
-                        with opened(fd, name) as below:
-                            self._collect(below, f"{at}{name}/", "", found)
-                    except FileNotFoundError:
-                        continue
-                    if len(found) == before:
-                        found.append(f"{at}{name}/")  # its process died before it wrote anything
+    async def list_control(self, prefix: str) -> Sequence[str]:
+        return await self._run(lambda: self._site.area.list(prefix))
 
     async def delete_control(self, keys: Sequence[str]) -> None:
-        await self._run(lambda: self._delete_control(keys))
-
-    def _delete_control(self, keys: Sequence[str]) -> None:
-        for directory, group in itertools.groupby(keys, key=lambda key: key.rpartition("/")[0]):
-            parts = directory.split("/") if directory else []
-            try:
-                with self._control(*parts) as fd:
-                    for key in group:
-                        _unlink(fd, key.rpartition("/")[2])
-                if len(parts) > 1:
-                    with self._control(*parts[:-1]) as fd:
-                        os.rmdir(parts[-1], dir_fd=fd)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                if error.errno != errno.ENOTEMPTY:
-                    raise
+        await self._run(lambda: self._site.area.delete(keys))
 
     async def age(self, key: str) -> float | None:
-        return await self._run(lambda: self._age(key))
-
-    def _age(self, key: str) -> float | None:
-        *parts, name = key.split("/")
-        try:
-            with self._control(*parts) as fd:
-                return max(0.0, self._now() - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
-        except FileNotFoundError:
-            return None
-
-    def _now(self) -> float:
-        """The file system's own clock, which need not be this machine's."""
-        with self._control() as fd:
-            file = os.open("clock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
-            try:
-                os.utime(file)
-                return os.fstat(file).st_mtime
-            finally:
-                os.close(file)
+        return await self._run(lambda: self._site.area.age(key))
 
     async def lock(self, key: str) -> _Held | None:
-        lock = await self._run(lambda: self._lock(key))
-        if lock is None:
-            return None
-        self._held[key] = lock
-        return _Held(self._held, key, lock)
+        handover = threading.Lock()
+        taken: list[CountedLock] = []
+        abandoned = False
 
-    def _lock(self, key: str) -> CountedLock | None:
-        *parts, name = key.split("/")
-        with self._control(*parts, create=True) as fd:
-            file = _lock_file(fd, name)
-            lock = CountedLock.take(file)
-            # Whoever had it may have deleted the file meanwhile: then this locks nothing.
-            if lock is not None and os.fstat(file).st_nlink == 0:
+        def take() -> None:
+            lock = self._site.area.lock(key)
+            with handover:
+                if lock is not None and abandoned:
+                    lock.release()
+                elif lock is not None:
+                    taken.append(lock)
+
+        try:
+            await self._run(take)
+        except BaseException:
+            # The thread may still be taking it: then it gives it back itself.
+            with handover:
+                abandoned = True
+            for lock in taken:
                 lock.release()
-                return None
-            return lock
+            raise
+        if not taken:
+            return None
+        self._held[key] = taken[0]
+        return _Held(self._held, key, taken[0])
 
     # ----------------------------------------------------------------------------------------------------------- staging
 
@@ -384,13 +264,20 @@ class LocalDriver(Driver):
         return _Writer(self, tx, path, f"{next(self._numbers)}")
 
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
-        await self._run(lambda: self._seal(tx, {entry.path: entry for entry in entries}), _lease(tx))
+        lease = self._held.get(_lease(tx))
+
+        def seal() -> None:
+            if lease is not None:
+                lease.wait_idle()  # a write whose caller was cancelled may still land
+            self._seal(tx, {entry.path: entry for entry in entries})
+
+        await self._run(seal)
 
     def _seal(self, tx: str, recorded: dict[str, Entry]) -> None:
         directories: list[str] = []
-        with self._control("tx", tx, "tree", create=True) as tree:
+        with self._site.area.opened("tx", tx, "tree", create=True) as tree:
             seen = 0
-            for path, found in _walk(tree, directories):
+            for path, found in walk(tree, directories):
                 entry = recorded.get(path)
                 if entry is None:
                     raise StagingError(f"{path!r} lies in the staging but was not staged.")
@@ -400,40 +287,59 @@ class LocalDriver(Driver):
             if seen != len(recorded):
                 raise StagingError("A staged file is gone.")
             self._take_after_target(tree)
-            if not self._durable:
-                return
-            if len(recorded) + len(directories) > _FEW:
-                _posix.sync_file_system(tree)
-                return
-            for path in recorded:
-                *above, name = path.split("/")
-                with opened(tree, *above) as fd:
-                    file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
-                    try:
-                        os.fsync(file)
-                    finally:
-                        os.close(file)
-            for directory in ("", *directories):
-                with opened(tree, *filter(None, directory.split("/"))) as fd:
-                    os.fsync(fd)
+            self._check_writable(directories)
+            try:
+                self._sync_staged(tx, tree, recorded, directories)
+            except OSError as error:
+                # A sync that failed tells nothing when it is repeated: the files must be written anew.
+                raise StagingError(f"The staged files could not be made durable: {error}.") from error
+
+    def _sync_staged(self, tx: str, tree: int, recorded: Collection[str], directories: Collection[str]) -> None:
+        if not self._durable:
+            return
+        if len(recorded) + len(directories) > _FEW:
+            _posix.sync_file_system(tree)
+            return
+        for path in recorded:
+            *above, name = path.split("/")
+            with opened(tree, *above) as fd:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                try:
+                    os.fsync(file)
+                finally:
+                    os.close(file)
+        for directory in ("", *directories):
+            with opened(tree, *filter(None, directory.split("/"))) as fd:
+                os.fsync(fd)
+        self._site.area.sync_directories([f"tx/{tx}"])
 
     def _take_after_target(self, tree: int) -> None:
         """Give the staged tree the target's mode, owner and extended attributes: an exchange carries them along."""
-        try:
-            with self._target() as target:
-                model = os.fstat(target)
-                if (model.st_uid, model.st_gid) != (os.fstat(tree).st_uid, os.fstat(tree).st_gid):
-                    os.fchown(tree, model.st_uid, model.st_gid)
-                os.fchmod(tree, stat.S_IMODE(model.st_mode))
-                for name in os.listxattr(target):
+        with ExitStack() as stack:
+            try:
+                target = stack.enter_context(self._target())
+            except FileNotFoundError:
+                return
+            model = os.fstat(target)
+            for owner, group in ((model.st_uid, -1), (-1, model.st_gid)):
+                with suppress(PermissionError):  # an owner that we may not give away stays ours
+                    os.fchown(tree, owner, group)
+            os.fchmod(tree, stat.S_IMODE(model.st_mode))
+            for name in os.listxattr(target):
+                with suppress(PermissionError):
                     os.setxattr(tree, name, os.getxattr(target, name))
-        except FileNotFoundError:
-            pass
-        except PermissionError:
-            pass  # an owner that we may not give away stays ours
-        except OSError as error:
-            if error.errno != errno.ENOTSUP:
-                raise
+
+    def _check_writable(self, directories: Collection[str]) -> None:
+        """Refuse before the decision what the target's directories would refuse after it."""
+        site = self._site
+        for parts in ((), (site.name,), *((site.name, *path.split("/")) for path in directories)):
+            try:
+                with opened(site.above, *parts) as fd:
+                    writable = os.access(".", os.W_OK | os.X_OK, dir_fd=fd)
+            except OSError:
+                continue  # not there, or in the way: the plan sees to that
+            if not writable and (parts or not site.inside):
+                raise StagingError(f"{'/'.join((site.above, *parts))!r} cannot be written.")
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         await self._run(lambda: self._discard(tx, handles, whole), *([] if whole else [_lease(tx)]))
@@ -442,16 +348,16 @@ class LocalDriver(Driver):
         if whole and (lease := self._held.get(_lease(tx))) is not None:
             lease.drain()  # a thread that outlived its caller may still be writing here
         try:
-            with self._control("tx", tx) as fd:
+            with self._site.area.opened("tx", tx) as fd:
                 if whole:
                     for name in os.listdir(fd):
                         if name in _STAGING or name.startswith("scratch-"):
-                            _remove_tree(fd, name)
+                            remove_tree(fd, name)
                     return
-                for handle in handles:
+                for handle in map(paths.parse, handles):
                     *above, name = handle.split("/")
                     with opened(fd, "tree", *above) as directory:
-                        _unlink(directory, name)
+                        unlink(directory, name)
         except FileNotFoundError:
             pass
 
@@ -460,26 +366,27 @@ class LocalDriver(Driver):
 
     def _scratch(self, tx: str) -> str:
         name = f"scratch-{next(self._numbers)}"
-        with self._control("tx", tx, create=True) as fd:
+        with self._site.area.opened("tx", tx, create=True) as fd:
             os.mkdir(name, dir_fd=fd)
-        site = self._site
-        return os.path.join(site.root, *site.control, "tx", tx, name)
+        area = self._site.area
+        return os.path.join(area.root, *area.parts, "tx", tx, name)
 
     async def adopt(self, tx: str, root: str, paths: Sequence[str]) -> Sequence[Entry]:
         return await self._run(lambda: self._adopt(tx, os.path.basename(root), paths), _lease(tx))
 
     def _adopt(self, tx: str, scratch: str, found: Sequence[str]) -> Sequence[Entry]:
-        entries = []
-        with self._control("tx", tx) as fd:
-            for path in found:
-                *above, name = path.split("/")
-                with opened(fd, scratch, *above) as source, opened(fd, "tree", *above, create=True) as tree:
-                    seen = os.stat(name, dir_fd=source, follow_symlinks=False)
-                    if not stat.S_ISREG(seen.st_mode):
-                        raise StagingError(f"{path!r} is not a regular file.")
-                    os.rename(name, name, src_dir_fd=source, dst_dir_fd=tree)
-                    entries.append(Entry(path, seen.st_size, file_identity(seen), path))
-        return entries
+        with self._site.area.opened("tx", tx) as fd, opened(fd, scratch) as source:
+            seen = {path: status_of(source, path) for path in found}
+            for path, status in seen.items():
+                if status is None or not stat.S_ISREG(status.st_mode):
+                    raise StagingError(f"{path!r} is not a regular file.")
+            for directory, group in by_directory(found, str):
+                parts = list(filter(None, directory.split("/")))
+                with opened(source, *parts) as below, opened(fd, "tree", *parts, create=True) as tree:
+                    for path in group:
+                        name = path.rpartition("/")[2]
+                        os.rename(name, name, src_dir_fd=below, dst_dir_fd=tree)
+            return [Entry(path, status.st_size, file_identity(status), path) for path, status in seen.items() if status]
 
     # -------------------------------------------------------------------------------------------------------- the target
 
@@ -494,7 +401,7 @@ class LocalDriver(Driver):
         try:
             with self._target(*filter(None, prefix.split("/"))) as fd:
                 own = f"{RESERVED}/{RESERVED}" if self._site.inside and not prefix else None
-                for path, seen in _walk(fd, directories, own):
+                for path, seen in walk(fd, directories, own):
                     found.append(Listed(paths.join(prefix, path), seen.st_size, file_identity(seen)))
                 if own is not None and RESERVED in directories:
                     directories.remove(RESERVED)
@@ -504,7 +411,7 @@ class LocalDriver(Driver):
 
     def _look_up(self, names: Collection[str]) -> Sequence[Listed]:
         found: list[Listed] = []
-        for directory, group in _by_directory(names, lambda name: name):
+        for directory, group in by_directory(names, lambda name: name):
             wanted = {name.rpartition("/")[2] for name in group}
             try:
                 with self._target(*filter(None, directory.split("/"))) as fd:
@@ -537,21 +444,20 @@ class LocalDriver(Driver):
         site = self._site
         with opened(site.above, site.name, create=True) as target, ExitStack() as stack:
             try:
-                tree = stack.enter_context(self._control("tx", tx, "tree"))
+                tree = stack.enter_context(self._site.area.opened("tx", tx, "tree"))
             except FileNotFoundError:
                 tree = None
-            grouped = _by_directory(entries, lambda entry: entry.path)
-            moved = set() if tree is None else _move_new(tree, target, [directory for directory, _ in grouped], touched)
+            grouped = by_directory(entries, lambda entry: entry.path)
+            moved = set() if tree is None else move_new(tree, target, [directory for directory, _ in grouped], touched)
             for directory, group in grouped:
                 if directory in moved:
                     answers.update((entry.path, Answer.DONE) for entry in group)
                 else:
-                    answers.update(_publish_into(tree, target, directory, group, replaces))
-                    touched.update((directory, *paths.parents(directory)) if directory else ("",))
-            if self._durable:
-                self._sync_directories(target, touched)
-                with opened(site.above) as fd:
-                    os.fsync(fd)
+                    answers.update(publish_into(tree, target, directory, group, replaces))
+                    touched.add(directory)
+            self._sync_directories(target, touched)
+            with opened(site.above) as fd:
+                self._sync(fd)
         return [answers[entry.path] for entry in entries]
 
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
@@ -560,11 +466,11 @@ class LocalDriver(Driver):
     def _remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         answers: dict[str, Answer] = {}
         touched: set[str] = set()
-        for directory, group in _by_directory(entries, lambda entry: entry.path):
+        for directory, group in by_directory(entries, lambda entry: entry.path):
             try:
                 with self._target(*filter(None, directory.split("/"))) as fd:
                     for entry in group:
-                        answers[entry.path] = _remove_one(fd, entry)
+                        answers[entry.path] = remove_one(fd, entry)
                 touched.add(directory)
             except (FileNotFoundError, NotADirectoryError):
                 answers.update((entry.path, Answer.ALREADY) for entry in group)
@@ -572,8 +478,7 @@ class LocalDriver(Driver):
             with self._target() as target:
                 for directory in sorted(touched - {""}, key=lambda path: -path.count("/")):
                     self._prune(target, directory)
-                if self._durable:
-                    self._sync_directories(target, touched)
+                self._sync_directories(target, touched)
         except FileNotFoundError:
             pass
         return [answers[entry.path] for entry in entries]
@@ -589,10 +494,14 @@ class LocalDriver(Driver):
                 return
 
     def _sync_directories(self, target: int, directories: Collection[str]) -> None:
-        if len(directories) > _FEW:
+        """Sync directories of the target and all above them: one may be new, or pruned."""
+        if not self._durable:
+            return
+        above = {"", *directories, *(path for directory in directories for path in paths.parents(directory))}
+        if len(above) > _FEW:
             _posix.sync_file_system(target)
             return
-        for directory in directories:
+        for directory in sorted(above, key=len, reverse=True):
             try:
                 with opened(target, *filter(None, directory.split("/"))) as fd:
                     os.fsync(fd)
@@ -609,17 +518,17 @@ class LocalDriver(Driver):
         return await self._run(lambda: self._trees(tx), _lease(tx))
 
     def _trees(self, tx: str) -> Trees:
-        with self._control("tx", tx, "tree", create=True) as fd:
-            new = _identity(fd)
+        with self._site.area.opened("tx", tx, "tree", create=True) as fd:
+            new = identity(fd)
         try:
             with self._target() as fd:
-                nested = _nested_control(fd, "")
+                nested = nested_control(fd, "")
                 if nested is not None:
                     raise Conflict(
                         f"The target holds {nested!r}, the control area of another target, which a full_drop would carry away.",
                         retryable=False,
                     )
-                return Trees(new, _identity(fd))
+                return Trees(new, identity(fd))
         except FileNotFoundError:
             return Trees(new, None)
 
@@ -628,8 +537,8 @@ class LocalDriver(Driver):
 
     def _swap(self, tx: str, trees: Trees, old: str) -> Answer:
         site = self._site
-        with opened(site.above) as above, self._control("tx", tx, create=True) as fd:
-            target, staged = _identity_at(above, site.name), _identity_at(fd, "tree")
+        with opened(site.above) as above, self._site.area.opened("tx", tx, create=True) as fd:
+            target, staged = identity_at(above, site.name), identity_at(fd, "tree")
             if target == trees.new:
                 self._put_aside(fd, staged, trees, old)
                 return Answer.ALREADY
@@ -653,7 +562,7 @@ class LocalDriver(Driver):
     def _put_aside(self, fd: int, staged: str | None, trees: Trees, old: str) -> None:
         if staged is None or staged != trees.target:
             return
-        with self._control("old", create=True) as aside:
+        with self._site.area.opened("old", create=True) as aside:
             if error := _posix.rename_new(fd, "tree", aside, old):
                 raise OSError(error, os.strerror(error), old)
 
@@ -662,14 +571,16 @@ class LocalDriver(Driver):
 
     def _trim(self, keep: int, older_than: float) -> int:
         removed = 0
+        if keep == 0:
+            self._site.area.sweep(older_than)
         try:
-            with self._control("old") as fd:
-                names = sorted(os.listdir(fd))
+            with self._site.area.opened("old") as fd:
+                names = sorted(filter(_OLD.fullmatch, os.listdir(fd)))
                 for name in names[: max(0, len(names) - keep)]:
                     try:
                         with opened(fd, name) as tree:
                             # Renaming it to here was its last change of status.
-                            if older_than and self._now() - os.fstat(tree).st_ctime < older_than:
+                            if older_than and self._site.area.now() - os.fstat(tree).st_ctime < older_than:
                                 continue
                             fcntl.flock(tree, fcntl.LOCK_EX | fcntl.LOCK_NB)
                             _posix.clear_directory(tree)
@@ -690,9 +601,10 @@ class _Writer:
         self._buffer = bytearray()
         self._file = -1
         self._busy = threading.Lock()
+        self._given_up = self._placed = False
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
-        if len(self._buffer) + len(data) <= _BUFFER:
+        if len(self._buffer) + memoryview(data).nbytes <= _BUFFER:
             self._buffer += data
             return
         buffered, self._buffer = self._buffer, bytearray()
@@ -701,23 +613,30 @@ class _Writer:
     def _flush(self, *chunks: bytes | bytearray | memoryview) -> None:
         with self._busy:
             if self._file < 0:
-                with self._driver._control("tx", self._tx, "part", create=True) as fd:
+                with self._driver._site.area.opened("tx", self._tx, "part", create=True) as fd:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
                     self._file = os.open(self._number, flags, 0o666, dir_fd=fd)
             for chunk in chunks:
-                view = memoryview(chunk)
+                view = memoryview(chunk).cast("B")
                 while view:
                     view = view[os.write(self._file, view) :]
 
     async def close(self) -> Entry:
-        return await self._driver._run(self._finish, _lease(self._tx))
+        try:
+            return await self._driver._run(self._finish, _lease(self._tx))
+        except BaseException:
+            self._given_up = True  # the thread may not have come that far
+            raise
 
     def _finish(self) -> Entry:
         self._flush(self._buffer)
-        with self._busy, self._driver._control("tx", self._tx) as fd:
+        with self._busy, self._driver._site.area.opened("tx", self._tx) as fd:
             *above, name = self._path.split("/")
             with opened(fd, "part") as part, opened(fd, "tree", *above, create=True) as tree:
+                if self._given_up:
+                    raise StorageError(f"The write of {self._path!r} was given up.")
                 os.rename(self._number, name, src_dir_fd=part, dst_dir_fd=tree)
+                self._placed = True
             seen = os.fstat(self._file)
             os.close(self._file)
             self._file = -1
@@ -731,9 +650,11 @@ class _Writer:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
+            *above, name = self._path.split("/")
+            parts, file = (["tree", *above], name) if self._placed else (["part"], self._number)
             try:
-                with self._driver._control("tx", self._tx, "part") as fd:
-                    _unlink(fd, self._number)
+                with self._driver._site.area.opened("tx", self._tx, *parts) as fd:
+                    unlink(fd, file)
             except FileNotFoundError:
                 pass
 
@@ -766,181 +687,3 @@ def _mapped(error: OSError) -> StagedError:
     """An error of the operating system, mapped once; what was applied is not known."""
     passing = error.errno in (errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE)
     return StorageError(f"{error.strerror or error}: {error.filename!r}.", retryable=passing)
-
-
-def _is_swapped(key: str) -> bool:
-    """Whether a key is of a record that is swapped in place, not of a segment that is written once."""
-    return key == "head" or key.endswith("/record")
-
-
-def _lock_file(fd: int, name: str) -> int:
-    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
-
-
-def _exists(fd: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
-def _unlink(fd: int, name: str) -> None:
-    try:
-        os.unlink(name, dir_fd=fd)
-    except FileNotFoundError:
-        pass
-
-
-def _remove_tree(fd: int, name: str) -> None:
-    with opened(fd, name) as below:
-        _posix.clear_directory(below)
-    os.rmdir(name, dir_fd=fd)
-
-
-def _identity(fd: int) -> str:
-    return _posix.birth_identity(fd) or ""
-
-
-def _identity_at(fd: int, name: str) -> str | None:
-    """The identity of a directory; None where there is none; a file or a link is a stranger."""
-    try:
-        with opened(fd, name) as below:
-            return _identity(below)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        if error.errno in (errno.ENOTDIR, errno.ELOOP):
-            return "not a directory"
-        raise
-
-
-def _walk(
-    fd: int, directories: list[str], skip: str | None = None, at: str = ""
-) -> Iterator[tuple[str, os.stat_result]]:
-    """Every file below a directory with its status; directories are added to a list. No link is followed."""
-    with os.scandir(fd) as entries:
-        found = list(entries)
-    for entry in found:
-        path = f"{at}{entry.name}"
-        if path == skip:
-            continue
-        try:
-            if not entry.is_dir(follow_symlinks=False):
-                yield path, entry.stat(follow_symlinks=False)
-                continue
-            directories.append(path)
-            with opened(fd, entry.name) as below:
-                yield from _walk(below, directories, skip, f"{path}/")
-        except FileNotFoundError:
-            continue  # gone since it was listed
-
-
-def _by_directory(items: Iterable[T], path: Callable[[T], str]) -> list[tuple[str, list[T]]]:
-    groups: dict[str, list[T]] = {}
-    for item in items:
-        groups.setdefault(path(item).rpartition("/")[0], []).append(item)
-    return sorted(groups.items())
-
-
-def _move_new(tree: int, target: int, directories: list[str], touched: set[str]) -> set[str]:
-    """Move whole staged directories that the target does not have yet; the directories whose files came along."""
-    moved: set[str] = set()
-    whole: set[str] = set()
-    for directory in directories:
-        if not directory:
-            continue
-        above = [*reversed(paths.parents(directory)), directory]
-        if any(path in whole for path in above):
-            moved.add(directory)
-            continue
-        for path in above:
-            *up, name = path.split("/")
-            try:
-                with opened(tree, *up) as source, opened(target, *up) as goal:
-                    error = _posix.rename_new(source, name, goal, name)
-            except OSError:
-                break  # gone from the staging, or a file is in the way: entry by entry
-            if error == 0:
-                whole.add(path)
-                touched.update(("/".join(up), path))
-                moved.add(directory)
-            if error != errno.EEXIST:
-                break
-    return moved
-
-
-def _publish_into(
-    tree: int | None, target: int, directory: str, group: list[Entry], replaces: Mapping[str, str]
-) -> dict[str, Answer]:
-    parts = list(filter(None, directory.split("/")))
-    with ExitStack() as stack:
-        source: int | None = None
-        if tree is not None:
-            try:
-                source = stack.enter_context(opened(tree, *parts))
-            except FileNotFoundError:
-                pass
-        try:
-            goal = stack.enter_context(opened(target, *parts, create=source is not None))
-        except FileNotFoundError:
-            return {entry.path: Answer.LOST for entry in group}
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-            return {entry.path: Answer.FOREIGN for entry in group}
-        return {entry.path: _publish_one(source, goal, entry, replaces.get(entry.path)) for entry in group}
-
-
-def _publish_one(source: int | None, goal: int, entry: Entry, expected: str | None) -> Answer:
-    name = entry.path.rpartition("/")[2]
-    if source is not None:
-        here = _look(goal, name) if expected is not None else None
-        if here is None:
-            error = _posix.rename_new(source, name, goal, name)
-            if error == 0:
-                return Answer.DONE
-            if error not in (errno.ENOENT, errno.EEXIST):
-                raise OSError(error, os.strerror(error), entry.path)
-        elif here == expected:
-            try:
-                os.rename(name, name, src_dir_fd=source, dst_dir_fd=goal)
-                return Answer.DONE
-            except FileNotFoundError:
-                pass
-        if _exists(source, name):
-            return Answer.FOREIGN
-    return Answer.ALREADY if _look(goal, name) == entry.identity else Answer.LOST
-
-
-def _look(fd: int, name: str) -> str | None:
-    try:
-        return file_identity(os.stat(name, dir_fd=fd, follow_symlinks=False))
-    except FileNotFoundError:
-        return None
-
-
-def _remove_one(fd: int, entry: Listed) -> Answer:
-    name = entry.path.rpartition("/")[2]
-    here = _look(fd, name)
-    if here is None:
-        return Answer.ALREADY
-    if here != entry.identity:
-        return Answer.FOREIGN
-    _unlink(fd, name)
-    return Answer.DONE
-
-
-def _nested_control(fd: int, at: str) -> str | None:
-    """The path of a control area below a directory. One without subdirectories, as its link count tells, is not listed."""
-    if os.fstat(fd).st_nlink == 2:
-        return None
-    with os.scandir(fd) as entries:
-        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    if RESERVED in below:
-        return f"{at}{RESERVED}"
-    for name in below:
-        with opened(fd, name) as deeper:
-            if (found := _nested_control(deeper, f"{at}{name}/")) is not None:
-                return found
-    return None

@@ -161,7 +161,7 @@ class MemoryDriver(Driver):
         self._storage.records[self._key(key)] = (body, self._storage.new_identity(), time.monotonic())
         return True
 
-    async def list_control(self, prefix: str) -> list[str]:
+    async def list_control(self, prefix: str) -> Sequence[str]:
         start = self._key("")
         return sorted(key[len(start) :] for key in self._storage.records if key.startswith(self._key(prefix)))
 

@@ -62,7 +62,7 @@ class FaultDriver(Driver):
     async def put_segment(self, key: str, body: bytes) -> bool:
         return await self._through(f"put_segment {key}", self.inner.put_segment(key, body))
 
-    async def list_control(self, prefix: str) -> list[str]:
+    async def list_control(self, prefix: str) -> Sequence[str]:
         return await self._through(f"list_control {prefix}", self.inner.list_control(prefix))
 
     async def delete_control(self, keys: Sequence[str]) -> None:

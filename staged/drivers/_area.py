@@ -1,0 +1,283 @@
+"""The control area of a local target, from worker threads: records, segments and locks in one directory."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from contextlib import ExitStack, contextmanager
+
+from staged.driver import Record
+from staged.drivers import _posix, _slots
+from staged.drivers._posix import CountedLock, opened
+from staged.errors import StorageError
+
+__all__ = ["ControlArea", "exists", "unlink"]
+
+_WAIT = 20.0
+"""Seconds to wait for another process's swap of the same record, which takes milliseconds unless it is stopped."""
+
+
+class ControlArea:
+    """One control area.
+
+    Args:
+        root: A directory that exists, or will.
+        parts: The area's place below it; no part may be a link.
+        durable: Sync what must survive a loss of power.
+    """
+
+    def __init__(self, root: str, parts: tuple[str, ...], *, durable: bool) -> None:
+        self.root = root
+        self.parts = parts
+        self._durable = durable
+        self._unsynced: list[str] = []
+        self._broken = False
+        self._syncing = threading.Lock()
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def opened(self, *parts: str, create: bool = False) -> Iterator[int]:
+        """A directory of the area."""
+        with opened(self.root, *self.parts, *parts, create=create) as fd:
+            yield fd
+
+    # ------------------------------------------------------------------------------------------------------------ records
+
+    def read(self, key: str) -> Record | None:
+        *parts, name = key.split("/")
+        try:
+            with self.opened(*parts) as fd:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+        except FileNotFoundError:
+            return None
+        with open(file, "rb", buffering=0) as reader:
+            body = _slots.read(file) if _is_swapped(key) else reader.readall()
+            if not body and os.fstat(file).st_size:
+                body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
+        return Record(body, _slots.token(body)) if body else None
+
+    def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
+        *parts, name = key.split("/")
+        with ExitStack() as stack:
+            try:
+                fd = stack.enter_context(self.opened(*parts, create=token is None))
+                file = self._locked(stack, fd, name, create=token is None)
+            except FileNotFoundError:
+                return None
+            found = _slots.read(file)
+            if (_slots.token(found) if found else None) != token:
+                return None
+            if durable and self._durable:
+                self._sync_segments()
+            _slots.write(file, body)
+            # The slot that is not written to stays readable only if it is on the disk before the other is overwritten.
+            if self._durable and (durable or key == "head"):
+                os.fdatasync(file)
+            if durable:
+                self.sync_directories(["/".join(parts)])
+            return _slots.token(body)
+
+    def _locked(self, stack: ExitStack, fd: int, name: str, *, create: bool) -> int:
+        """A record's file, while nobody else swaps it."""
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+        deadline = time.monotonic() + _WAIT
+        while True:
+            file = os.open(name, flags, 0o600, dir_fd=fd)
+            lock = CountedLock.take(file)
+            if lock is not None and os.fstat(file).st_nlink:
+                stack.callback(lock.release)
+                return file
+            if lock is not None:
+                lock.release()  # deleted meanwhile
+            elif time.monotonic() > deadline:
+                raise StorageError(f"Another process holds the record {name!r} and does not go on.", retryable=True)
+            time.sleep(0.001)
+
+    def put_segment(self, key: str, body: bytes) -> bool:
+        *parts, name = key.split("/")
+        temporary = f"{name}.{os.getpid()}-{next(self._numbers)}.tmp"
+        with self.opened(*parts, create=True) as fd:
+            if exists(fd, name):
+                return False
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            try:
+                with open(os.open(temporary, flags, 0o600, dir_fd=fd), "wb") as writer:
+                    writer.write(body)
+                error = _posix.rename_new(fd, temporary, fd, name)
+            except BaseException:
+                unlink(fd, temporary)
+                raise
+            if error:
+                unlink(fd, temporary)
+                if error != errno.EEXIST:
+                    raise OSError(error, os.strerror(error), key)
+                return False
+            self._unsynced.append(key)
+        return True
+
+    def _sync_segments(self) -> None:
+        """Make durable what was put since the last time.
+
+        A sync that failed once tells nothing when it is repeated: the system may have dropped the pages. After one nothing
+        may be decided any more that rests on them.
+        """
+        with self._syncing, ExitStack() as stack:
+            if self._broken:
+                raise StorageError("An earlier sync of this store failed; nothing more is decided. Open it anew.")
+            count = len(self._unsynced)
+            files: list[int] = []
+            for key in self._unsynced[:count]:
+                *parts, name = key.split("/")
+                try:
+                    with self.opened(*parts) as fd:
+                        files.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+                    stack.callback(os.close, files[-1])
+                except FileNotFoundError:
+                    continue  # deleted meanwhile
+            self._broken = True
+            for file in files:
+                _posix.start_writing(file)
+            for file in files:
+                os.fsync(file)
+            self.sync_directories({key.rpartition("/")[0] for key in self._unsynced[:count]})
+            self._broken = False
+            del self._unsynced[:count]
+
+    def sync_directories(self, keys: Iterable[str]) -> None:
+        """Sync these directories of the area and all above them."""
+        if not self._durable:
+            return
+        above = {"", *keys, *(key.rpartition("/")[0] for key in keys)}
+        for key in sorted(above, key=len, reverse=True):
+            try:
+                with self.opened(*filter(None, key.split("/"))) as fd:
+                    os.fsync(fd)
+            except FileNotFoundError:
+                continue  # its transaction ended meanwhile
+
+    # ------------------------------------------------------------------------------------------------- listing, deleting
+
+    def list(self, prefix: str) -> Sequence[str]:
+        *parts, start = prefix.split("/")
+        found: list[str] = []
+        try:
+            with self.opened(*parts) as fd:
+                self._collect(fd, "/".join([*parts, ""]), start, found)
+        except FileNotFoundError:
+            pass
+        return sorted(found)
+
+    def _collect(self, fd: int, at: str, start: str, found: MutableSequence[str]) -> None:
+        with os.scandir(fd) as entries:
+            named = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for name, is_dir in named:
+            if not name.startswith(start) or name.endswith(".tmp"):
+                continue
+            if not is_dir:
+                found.append(f"{at}{name}")
+            elif at == "tx/":
+                before = len(found)
+                try:
+                    with opened(fd, name) as below:
+                        self._collect(below, f"{at}{name}/", "", found)
+                except FileNotFoundError:
+                    continue
+                if len(found) == before:
+                    found.append(f"{at}{name}/")  # its process died before it wrote anything
+
+    def delete(self, keys: Sequence[str]) -> None:
+        for directory, group in itertools.groupby(keys, key=lambda key: key.rpartition("/")[0]):
+            parts = directory.split("/") if directory else []
+            try:
+                with self.opened(*parts) as fd:
+                    for key in group:
+                        unlink(fd, key.rpartition("/")[2])
+                if len(parts) > 1:
+                    with self.opened(*parts[:-1]) as fd:
+                        os.rmdir(parts[-1], dir_fd=fd)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                if error.errno != errno.ENOTEMPTY:
+                    raise
+
+    def sweep(self, older_than: float) -> None:
+        """Delete what a process left that died within a single call here."""
+        for parts in ((), ("log",), ("outcome",)):
+            try:
+                with self.opened(*parts) as fd:
+                    for name in os.listdir(fd):
+                        if not name.endswith(".tmp") and not name.startswith("probe-"):
+                            continue
+                        if self.now() - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime < older_than:
+                            continue
+                        if name.endswith(".tmp"):
+                            unlink(fd, name)
+                        else:
+                            remove_tree(fd, name)
+            except FileNotFoundError:
+                continue
+
+    # --------------------------------------------------------------------------------------------------- clock and locks
+
+    def age(self, key: str) -> float | None:
+        *parts, name = key.split("/")
+        try:
+            with self.opened(*parts) as fd:
+                return max(0.0, self.now() - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime)
+        except FileNotFoundError:
+            return None
+
+    def now(self) -> float:
+        """The file system's own clock, which need not be this machine's."""
+        with self.opened() as fd:
+            file = os.open("clock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            try:
+                os.utime(file)
+                return os.fstat(file).st_mtime
+            finally:
+                os.close(file)
+
+    def lock(self, key: str) -> CountedLock | None:
+        *parts, name = key.split("/")
+        with self.opened(*parts, create=True) as fd:
+            file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            lock = CountedLock.take(file)
+            # Whoever had it may have deleted the file meanwhile: then this locks nothing.
+            if lock is not None and os.fstat(file).st_nlink == 0:
+                lock.release()
+                return None
+            return lock
+
+
+def exists(fd: int, name: str) -> bool:
+    """Whether a directory has this name, be it a file, a directory or a link."""
+    try:
+        os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def unlink(fd: int, name: str) -> None:
+    """Remove a file; one that is gone is fine."""
+    try:
+        os.unlink(name, dir_fd=fd)
+    except FileNotFoundError:
+        pass
+
+
+def remove_tree(fd: int, name: str) -> None:
+    """Remove a directory and all below it, following no link and crossing no mount."""
+    with opened(fd, name) as below:
+        _posix.clear_directory(below)
+    os.rmdir(name, dir_fd=fd)
+
+
+def _is_swapped(key: str) -> bool:
+    """Whether a key is of a record that is swapped in place, not of a segment that is written once."""
+    return key == "head" or key.endswith("/record")
