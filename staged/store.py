@@ -89,7 +89,6 @@ class Store:
     def __init__(self, driver: Driver, observers: Sequence[Observer] = ()) -> None:
         self._driver = driver
         self._observers = tuple(observers)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{states.new_id()}"
         self._target: Target | None = None
         self._open: set[Transaction] = set()
         self._closed = False

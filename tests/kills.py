@@ -5,6 +5,7 @@ Run as a program, it stays without threads itself, so that forking is safe. For 
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -106,8 +107,7 @@ def check(target: str, prior: Files, new: Files) -> None:
             await store.recover()
             after = read_back(target)
             assert after == (new if decided else prior), f"decided={decided}, but after recover there is {after}"
-            transactions = f"{os.path.dirname(target)}/_staged/target/tx"
-            left = os.listdir(transactions) if os.path.exists(transactions) else []
+            left = glob.glob(f"{os.path.dirname(target)}/_staged/target/tx/*")
             assert left == [], f"after recover there is left {left}"
             async with store.staged_write("append", lock_timeout=0) as tx:
                 await tx.write("next", b"next")

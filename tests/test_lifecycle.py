@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
 
 import aiofiles
@@ -148,11 +148,6 @@ async def test_native_cancellation_twice_changes_nothing_about_it(world: World) 
 
 async def test_waiting_for_a_busy_target_ends_at_once_when_cancelled(world: World) -> None:
     first, second = world.process(), world.process()
-    entered, leave = anyio.Event(), anyio.Event()
-
-    async def hold(entries: object) -> None:
-        pass
-
     held = await first._driver.probe()
     lock = await first._driver.lock("lock")
     assert held.fence == "lock"
@@ -167,7 +162,6 @@ async def test_waiting_for_a_busy_target_ends_at_once_when_cancelled(world: Worl
             await tx.write("a", b"1")
     assert tx.receipt.phase == "rolled_back"
     lock.release()
-    del entered, leave, hold
 
 
 async def test_a_finished_transaction_refuses_writes_and_closes_twice_without_harm(world: World) -> None:
@@ -200,10 +194,9 @@ async def test_the_receipt_is_refused_until_the_end(world: World) -> None:
 
 
 async def test_many_tasks_stage_at_once(world: World) -> None:
-    async with world.process().staged_write("append") as tx:
-        async with anyio.create_task_group() as tasks:
-            for n in range(50):
-                tasks.start_soon(tx.write, f"d{n % 3}/f{n}", str(n))
+    async with world.process().staged_write("append") as tx, anyio.create_task_group() as tasks:
+        for n in range(50):
+            tasks.start_soon(tx.write, f"d{n % 3}/f{n}", str(n))
     assert tx.receipt.files == 50
     assert await anyio.to_thread.run_sync(world.files) == {f"d{n % 3}/f{n}": str(n).encode() for n in range(50)}
 
@@ -426,9 +419,6 @@ async def test_observers_hear_everything_in_order_and_one_that_fails_harms_nothi
 async def test_a_wrong_option_is_refused_before_anything_is_begun(world: World, options: dict[str, object]) -> None:
     with pytest.raises(InvalidInput):
         world.process().staged_write(**options)  # type: ignore[arg-type]
-
-
-Step = Callable[[Store], Awaitable[object]]
 
 
 async def test_a_closed_store_refuses_work(world: World) -> None:

@@ -166,9 +166,8 @@ async def test_a_symbolic_link_in_the_target_or_the_staging_never_leads_out(tmp_
             await tx.write("link/x", "1")
     assert caught.value.outcome == "untouched"
     with pytest.raises(StagedError) as caught:
-        async with store.staged_write("append") as tx:
-            async with tx.path("b") as local:
-                await anyio.Path(local).symlink_to(outside / "kept")
+        async with store.staged_write("append") as tx, tx.path("b") as local:
+            await anyio.Path(local).symlink_to(outside / "kept")
     assert caught.value.outcome == "untouched"
     async with store.staged_write("overwrite_partitions", partitions=["p"], allow_empty=True):
         pass
