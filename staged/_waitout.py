@@ -60,7 +60,7 @@ async def _trio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Calla
     results: list[T] = []
     errors: list[BaseException] = []
     done = trio.Event()
-    scope = trio.CancelScope(shield=True)
+    scope = anyio.CancelScope(shield=True)
 
     async def run() -> None:
         try:
@@ -80,8 +80,8 @@ async def _trio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Calla
         await done.wait()
     except trio.Cancelled as cancelled:
         on_cancel()
-        scope.deadline = trio.current_time() + grace
-        with trio.CancelScope(shield=True):
+        scope.deadline = anyio.current_time() + grace
+        with anyio.CancelScope(shield=True):
             await done.wait()
         _note(cancelled, errors[0] if errors else None)
         raise

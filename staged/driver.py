@@ -54,6 +54,7 @@ class Writer(Protocol):
 
     async def close(self) -> Entry:
         """End the entry, and return it."""
+        ...
 
     async def abort(self) -> None:
         """Leave nothing of it; what the same path staged before stays."""

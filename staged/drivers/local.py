@@ -178,10 +178,10 @@ class LocalDriver(Driver):
         for parts in ((), site.area.parts[:-1]):
             with opened(root, *parts) as fd:
                 self._sync(fd)
-        always: frozenset[Guarantee] = frozenset({"serialised", "fenced", "no_gap"})
-        guarantees = dict.fromkeys(Mode, always)
+        always: list[Guarantee] = ["serialised", "fenced", "no_gap"]
+        guarantees = dict.fromkeys(Mode, frozenset(always))
         if swaps := swaps and not site.inside:
-            guarantees[Mode.FULL_DROP] = always | {"one_generation"}
+            guarantees[Mode.FULL_DROP] = frozenset([*always, "one_generation"])
         self._folds = folds
         return Capabilities(fence="lock", swaps_trees=swaps, folds=folds, guarantees=guarantees)
 

@@ -98,8 +98,8 @@ class MemoryDriver(Driver):
         self._path = paths.parse(path.strip("/"))
         self.url = f"memory://{self._path}"
         self._storage = storage if storage is not None else _named.setdefault(self._path.split("/")[0], MemoryStorage())
-        self._fence = fence
-        self._swap = swap
+        self._fence: Literal["lock", "consumed"] = fence
+        self._swap: Literal["exchange", "renames"] | None = swap
         self._folds = folds
         self._period = period
         self._step_hook = step
@@ -107,10 +107,10 @@ class MemoryDriver(Driver):
         self._control = join(above, f"{RESERVED}/{name}")
 
     async def probe(self) -> Capabilities:
-        always: frozenset[Guarantee] = frozenset({"serialised", "fenced", "no_gap"})
-        guarantees = dict.fromkeys(Mode, always)
+        always: list[Guarantee] = ["serialised", "fenced", "no_gap"]
+        guarantees = dict.fromkeys(Mode, frozenset(always))
         if self._swap == "exchange":
-            guarantees[Mode.FULL_DROP] = always | {"one_generation"}
+            guarantees[Mode.FULL_DROP] = frozenset([*always, "one_generation"])
         elif self._swap == "renames":
             guarantees[Mode.FULL_DROP] = frozenset({"serialised", "fenced", "one_generation"})
         return Capabilities(

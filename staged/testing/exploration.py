@@ -135,7 +135,7 @@ class _At:
     """A gate that lets one fault happen at the n-th moment of its kind, and counts the moments."""
 
     def __init__(self, fault: Fault | None = None, number: int = -1) -> None:
-        self.fault = fault
+        self.fault: Fault | None = fault
         self.number = number
         self.counts: Counter[str] = Counter()
         self.dead = False
