@@ -19,8 +19,9 @@ import anyio
 
 from staged import StagedError, open_store
 from staged.drivers.local import LocalDriver
-from staged.testing.exploration import PRIORS, Files, Work, works
+from staged.testing.exploration import PRIORS, Work, works
 from staged.testing.faults import FaultDriver, Moment
+from staged.testing.harness import Files
 
 MOMENTS: tuple[Moment, ...] = ("before", "after")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from staged.model import Mode
-from staged.testing.exploration import KINDS, PRIORS, Report, Work, crashes, interleavings, run, works
+from staged.testing.exploration import KINDS, PRIORS, Report, Work, crashes, interleavings, run, seeded, works
 
 Figure = Callable[[str, str], None]
 
@@ -27,6 +27,11 @@ def test_recover_stopped_at_any_call_is_completed_by_the_next_recover(figure: Fi
     tasks = [task for task in works((2,)) if task.mode is Mode.FULL_DROP]
     report = run(lambda: crashes(KINDS, tasks, ["overlapping"], twice=True))
     _check(report, 5_000, "a crash, then a crash at every call of recover", figure)
+
+
+def test_many_faults_at_once_lost_hanging_late_and_doubled_calls_leave_old_or_new(figure: Figure) -> None:
+    report = run(lambda: seeded(KINDS, works((3,)), ["none", "overlapping"], range(20)))
+    _check(report, 1_280, "many faults by seed", figure)
 
 
 OLD = PRIORS["disjoint"]

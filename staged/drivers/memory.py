@@ -63,7 +63,7 @@ class MemoryStorage:
         start = f"{prefix}/" if prefix else start
         return {path[len(start) :]: blob.data for path, blob in self.files.items() if path.startswith(start)}
 
-    def kill(self, driver: MemoryDriver) -> None:
+    def kill(self, driver: Driver) -> None:
         """What the operating system does when a process dies: drop its locks."""
         self.locks = {key: holder for key, holder in self.locks.items() if holder is not driver}
 

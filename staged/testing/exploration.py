@@ -15,36 +15,37 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Literal
 
+import anyio
 import trio
 import trio.testing
 
+from staged.control import read_head, read_outcome
+from staged.driver import Driver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.errors import StagedError, StorageError
-from staged.model import Head, HeadState, Mode
-from staged.records import decode
+from staged.model import HeadState, Mode
 from staged.store import Store, open_store
 from staged.testing.faults import Crash, FaultDriver, Gate, Moment
+from staged.testing.faults import Plan as FaultPlan
+from staged.testing.harness import Files, Harness, Step
 
-__all__ = ["KINDS", "PRIORS", "Kind", "Report", "Work", "crashes", "interleavings", "run", "works"]
-
-Files = dict[str, bytes]
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of store; see `MemoryDriver`."""
-
-    name: str
-    fence: Literal["lock", "consumed"]
-    swap: Literal["exchange", "renames"] | None
-
-
-KINDS = (
-    Kind("exchange under a lock", "lock", "exchange"),
-    Kind("entries under a lock", "lock", None),
-    Kind("two renames, fenced by consuming", "consumed", "renames"),
-    Kind("entries, fenced by consuming", "consumed", None),
-)
+__all__ = [
+    "KINDS",
+    "PRIORS",
+    "Control",
+    "Kind",
+    "MemoryHarness",
+    "Process",
+    "Report",
+    "Work",
+    "World",
+    "crashes",
+    "interleavings",
+    "replay",
+    "run",
+    "seeded",
+    "works",
+]
 
 PRIORS: dict[str, Files] = {
     "none": {},
@@ -154,52 +155,118 @@ class _At:
         raise Crash
 
 
-class _World:
-    """A storage with its prior content, and processes that come and go."""
+class MemoryHarness(Harness):
+    """A target in memory, of one kind of store; see `MemoryDriver`."""
 
-    def __init__(self, kind: Kind, prior: Files) -> None:
-        self.kind = kind
+    def __init__(
+        self,
+        *,
+        fence: Literal["lock", "consumed"] = "lock",
+        swap: Literal["exchange", "renames"] | None = "exchange",
+        folds: bool = False,
+        period: float = 30.0,
+    ) -> None:
         self.storage = MemoryStorage()
-        for name, data in prior.items():
-            self.storage.put(f"target/{name}", data)
+        self._make = functools.partial(
+            MemoryDriver, "target", storage=self.storage, fence=fence, swap=swap, folds=folds, period=period
+        )
 
-    def process(self, gate: Gate) -> tuple[Store, MemoryDriver]:
+    def process(self, step: Step | None = None) -> MemoryDriver:
+        return self._make(step=step)
+
+    async def kill(self, driver: Driver) -> None:
+        self.storage.kill(driver)
+
+    async def files(self) -> Files:
+        return self.storage.below("target")
+
+    async def put(self, path: str, data: bytes) -> None:
+        self.storage.put(f"target/{path}", data)
+
+    async def delete(self, path: str) -> None:
+        del self.storage.files[f"target/{path}"]
+
+    async def leftovers(self) -> list[str]:
+        return [*self.storage.uploads, *self.storage.aside, *self.storage.locks]
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of store: a name, and how a fresh target of it is made."""
+
+    name: str
+    make: Callable[[], Harness]
+
+
+KINDS = (
+    Kind("exchange under a lock", functools.partial(MemoryHarness, fence="lock", swap="exchange")),
+    Kind("entries under a lock", functools.partial(MemoryHarness, fence="lock", swap=None)),
+    Kind("two renames, fenced by consuming", functools.partial(MemoryHarness, fence="consumed", swap="renames")),
+    Kind("entries, fenced by consuming", functools.partial(MemoryHarness, fence="consumed", swap=None)),
+)
+
+
+class World:
+    """A target with its prior content, and processes that come and go."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness = harness
+
+    @classmethod
+    async def of(cls, kind: Kind, prior: Files) -> World:
+        """A fresh world of a kind that strangers have laid these files into."""
+        world = cls(kind.make())
+        for name, data in prior.items():
+            await world.harness.put(name, data)
+        return world
+
+    def process(self, gate: Gate, plan: FaultPlan | str = "") -> Process:
         """A new process with its own store."""
 
         async def within(name: str) -> None:
             await gate(name, "within")
 
-        kind = self.kind
-        driver = MemoryDriver(
-            "target", storage=self.storage, fence=kind.fence, swap=kind.swap, period=30.0, step=within
-        )
-        return open_store(FaultDriver(driver, gate)), driver
+        driver = self.harness.process(within)
+        faults = FaultDriver(driver, gate, plan)
+        return Process(open_store(faults), driver, faults)
 
-    def target(self) -> Files:
-        return self.storage.below("target")
+    async def end(self, process: Process) -> None:
+        """Let a process die."""
+        await self.harness.kill(process.driver)
 
-    def leftovers(self) -> list[str]:
-        """What is left besides the target, the head and the ledger that it names."""
-        head = self.storage.records.get("_staged/target/head")
-        named = None
-        if head is not None:
-            ledger = decode(Head, head[0], "head").ledger
-            named = f"_staged/target/{ledger.key}-0" if ledger else None
-        kept = {"_staged/target/head", named}
-        return [
-            *(key for key in self.storage.records if key not in kept),
-            *self.storage.uploads,
-            *self.storage.aside,
-            *self.storage.locks,
+    async def control(self) -> Control:
+        """What the durable records say, read by a process of its own."""
+        driver = self.harness.process()
+        head = (await read_head(driver))[0]
+        records = [
+            key for prefix in ("tx/", "log/", "outcome/", "ledger-") for key in await driver.list_control(prefix)
         ]
+        outcomes = [await read_outcome(driver, key.split("/")[1]) for key in records if key.startswith("outcome/")]
+        await self.harness.kill(driver)
+        committed = any(outcome is not None and outcome.state == "committed" for outcome in outcomes)
+        named = f"{head.ledger.key}-0" if head.ledger else None
+        return Control(head.state is HeadState.COMMITTED or committed, [key for key in records if key != named])
 
-    def decided(self) -> bool:
-        """Whether, by the durable records alone, a decision was made."""
-        head = self.storage.records.get("_staged/target/head")
-        committed = head is not None and decode(Head, head[0], "head").state is HeadState.COMMITTED
-        return committed or any(
-            "/outcome/" in key and b'"committed"' in body for key, (body, _, _) in self.storage.records.items()
-        )
+    async def leftovers(self) -> list[str]:
+        """What is left besides the target, the head and the ledger that it names."""
+        return [*(await self.control()).records, *await self.harness.leftovers()]
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process of a world: its store, its driver, and the faults around that."""
+
+    store: Store
+    driver: Driver
+    faults: FaultDriver
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """Whether, by the durable records alone, a decision was made; and which records there are besides head and ledger."""
+
+    decided: bool
+    records: list[str]
 
 
 async def _attempt(work: Callable[[], Awaitable[str]]) -> str:
@@ -214,24 +281,39 @@ async def _attempt(work: Callable[[], Awaitable[str]]) -> str:
 
 async def _one(kind: Kind, work: Work, prior: Files, gate: _At, again: _At | None) -> tuple[str, list[str]]:
     """One history: the work with a fault, then recover, perhaps with a fault of its own, then recover again."""
-    world = _World(kind, prior)
+    world = await World.of(kind, prior)
+    process = world.process(gate)
+    said = await _attempt(functools.partial(work, process.store))
+    await world.end(process)
+    return await _judge(world, work, prior, said, again)
+
+
+async def _judge(
+    world: World,
+    work: Work,
+    prior: Files,
+    said: str,
+    again: _At | None = None,
+    late: Callable[[], Awaitable[None]] | None = None,
+) -> tuple[str, list[str]]:
+    """Hold what is there against what may be there, then recover, look again, go on writing, and collect."""
     wrong: list[str] = []
-    store, driver = world.process(gate)
-    said = await _attempt(functools.partial(work, store))
-    world.storage.kill(driver)
     new = work.apply(prior)
     allowed = [prior] if new is None else [prior, new]
-    seen, decided = world.target(), world.decided()
+    seen, decided = await world.harness.files(), (await world.control()).decided
     if not decided and seen != prior:
         wrong.append(f"undecided, but the target holds {seen}")
-    if kind.swap == "exchange" and work.mode is Mode.FULL_DROP and seen not in allowed:
+    promised = (await world.harness.process().probe()).guarantees.get(work.mode, frozenset())
+    if "one_generation" in promised and seen not in (*allowed, *([] if "no_gap" in promised else [{}])):
         wrong.append(f"a reader sees {seen}")
     for recovery in (again, _At()):
         if recovery is not None:
-            store, driver = world.process(recovery)
-            await _attempt(functools.partial(_recover, store))
-            world.storage.kill(driver)
-    seen = world.target()
+            process = world.process(recovery)
+            await _attempt(functools.partial(_recover, process.store))
+            await world.end(process)
+    if late is not None:
+        await late()
+    seen = await world.harness.files()
     if seen not in allowed:
         wrong.append(f"after recover: neither old nor new, but {seen}")
     if said == "committed" and seen != new:
@@ -240,13 +322,13 @@ async def _one(kind: Kind, work: Work, prior: Files, gate: _At, again: _At | Non
         wrong.append(f"reported {said}, but the target changed")
     if decided and new is not None and seen != new:
         wrong.append("decided, but not completed by recover")
-    store, driver = world.process(_At())
-    following = await _attempt(functools.partial(Work(Mode.APPEND, (("next", b"next"),)), store))
-    if following != "committed" or world.target() != seen | {"next": b"next"}:
-        wrong.append(f"the next writer: {following}, {world.target()}")
-    await store.gc(older_than=timedelta(0))
-    world.storage.kill(driver)
-    if left := world.leftovers():
+    process = world.process(_At())
+    following = await _attempt(functools.partial(Work(Mode.APPEND, (("next", b"next"),)), process.store))
+    if following != "committed" or await world.harness.files() != seen | {"next": b"next"}:
+        wrong.append(f"the next writer: {following}, {await world.harness.files()}")
+    await process.store.gc(older_than=timedelta(0))
+    await world.end(process)
+    if left := await world.leftovers():
         wrong.append(f"after gc there is left: {left}")
     result = "finished" if seen == new and said == "crash" else "new" if seen == new else "old"
     return result, wrong
@@ -286,6 +368,34 @@ async def crashes(
                         if again.struck is None:
                             break
     return report
+
+
+async def seeded(kinds: Iterable[Kind], tasks: Iterable[Work], priors: Iterable[str], seeds: Iterable[int]) -> Report:
+    """Each work by prior by kind, with many faults at once, drawn by seed; a writer that hangs is given up after an hour.
+
+    The line of a failure holds the plan of its faults: `replay` plays it again.
+    """
+    report = Report()
+    for (kind, work, prior), seed in itertools.product(
+        itertools.product(list(kinds), list(tasks), list(priors)), list(seeds)
+    ):
+        plan = FaultPlan.seeded(seed, calls=150, rate=0.06)
+        result, wrong = await replay(kind, work, PRIORS[prior], plan)
+        _note(report, f"{kind.name}: {work} on {prior}, plan {str(plan)!r}", result, wrong)
+    return report
+
+
+async def replay(kind: Kind, work: Work, prior: Files, plan: FaultPlan | str) -> tuple[str, list[str]]:
+    """One history of a writer under a plan of faults: how it ended, and what is wrong with that."""
+    world = await World.of(kind, prior)
+    process = world.process(_At(), plan)
+    said = "unknown"
+    with anyio.move_on_after(3600.0):
+        said = await _attempt(functools.partial(work, process.store))
+    await world.end(process)
+    # Under a lock the system ends what a dead process had under way; over a network it may arrive after everything else.
+    locked = (await world.harness.process().probe()).fence == "lock"
+    return await _judge(world, work, prior, said, late=None if locked else process.faults.arrive)
 
 
 def _note(report: Report, history: str, result: str, wrong: list[str]) -> None:
@@ -334,20 +444,20 @@ async def _pair(
     kind: Kind, first: Work, second: Work | None, prior: Files, at: int, then: float
 ) -> tuple[dict[str, str], list[str], Counter[str]]:
     """A runs `at` calls, B runs `then` calls, A runs to its end, B runs to its end. `second` None recovers instead."""
-    world = _World(kind, prior)
+    world = await World.of(kind, prior)
+    locked = (await world.harness.process().probe()).fence == "lock"
     turns = _Turns()
     said: dict[str, str] = {}
 
     async def actor(name: str, work: Callable[[Store], Awaitable[str]], store: Store) -> None:
         said[name] = await _attempt(lambda: work(store))
 
-    a, _ = world.process(turns.gate("A"))
-    b, _ = world.process(turns.gate("B"))
+    a, b = world.process(turns.gate("A")).store, world.process(turns.gate("B")).store
     async with trio.open_nursery() as nursery:
         nursery.start_soon(actor, "A", first, a)
         nursery.start_soon(actor, "B", second or _recover, b)
         # Under a lock nobody overtakes a stopped holder; elsewhere it is overtaken after a period of silence.
-        patience = 100.0 if kind.fence == "consumed" else 1.0
+        patience = 1.0 if locked else 100.0
         await turns.let("A", at, lambda: "A" in said, 0.0)
         await turns.let("B", then, lambda: "B" in said, patience)
         await turns.let("A", math.inf, lambda: "A" in said, patience)
@@ -357,9 +467,10 @@ async def _pair(
         for event in turns._waiting.values():
             event.set()
     wrong: list[str] = []
-    last, driver = world.process(_At())
+    process = world.process(_At())
+    last = process.store
     await last.recover()
-    seen = world.target()
+    seen = await world.harness.files()
     committed = (await last.status()).commits
     tasks = {"A": first} | ({"B": second} if second else {})
     sure = [name for name in tasks if said[name] == "committed"]
@@ -376,8 +487,8 @@ async def _pair(
     if seen not in possible:
         wrong.append(f"no serial order explains {seen}: {said}, {committed} committed")
     await last.gc(older_than=timedelta(0))
-    world.storage.kill(driver)
-    if left := world.leftovers():
+    await world.end(process)
+    if left := await world.leftovers():
         wrong.append(f"after gc there is left: {left}")
     return said, wrong, turns.made
 
