@@ -383,7 +383,7 @@ async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
                     transaction=tx,
                     retryable=True,
                 ) from error
-        except StorageError:
+        except (StorageError, DamagedRecord):
             pass  # neither swap was answered: read
     try:
         head, token = await read_head(held.target.driver)
@@ -393,7 +393,7 @@ async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
         if head.state is HeadState.HELD and head.owner == undecided.owner:
             raise StorageError("The head is still held, and a late swap may yet decide it.")
         outcome = await look(held.target, tx)
-    except StorageError as error:
+    except (StorageError, DamagedRecord) as error:
         raise CommitInDoubt(
             f"It is not known whether transaction {tx} was decided: {error} Nothing was cleaned up. Ask store.outcome({tx!r}) "
             "later, or run recover().",
@@ -582,7 +582,7 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
         await driver.put_segment(
             outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch))
         )
-    except StorageError as error:
+    except (StorageError, DamagedRecord) as error:
         raise CommitIncomplete(
             f"Transaction {tx} is decided but not completed: {error} Run recover(), or let the next writer complete it.",
             transaction=tx,

@@ -31,7 +31,7 @@ from staged.errors import (
     ValidationFailed,
     WrongState,
 )
-from staged.model import Entry, Finished, Mode, Plan, Prepared, Receipt, TxRecord, TxState
+from staged.model import Entry, Finished, HeadState, Mode, Plan, Prepared, Receipt, TxRecord, TxState
 from staged.observers import notify
 from staged.planning import Work
 from staged.records import check_key, check_meta
@@ -137,7 +137,11 @@ class Transaction(Staging):
                 lease.release()
             raise
         self = cls(target, options, record, token, lease)
-        self.done = options.key is not None and any(commit.key == options.key for commit in ledger.commits)
+        # One that is still being completed is no commit yet: acquiring completes it, and then finds the key.
+        completing = head.transaction if head.state is HeadState.COMMITTED else None
+        self.done = options.key is not None and any(
+            commit.key == options.key and commit.transaction != completing for commit in ledger.commits
+        )
         if not self.done and options.mode in (Mode.ERROR, Mode.IGNORE):
             await self._or_roll_back(self._look_at_target)
         self._nowhere = self.done or self.skipped
@@ -308,12 +312,14 @@ class Transaction(Staging):
     async def _prepare_once(self, stop: Stop) -> None:
         if self._phase is not Phase.PREPARED and not self._is_over():
             self._check_staging()
+            self._check_written()
             await self._or_roll_back(lambda: self._prepare(stop))
 
     async def _commit_once(self, stop: Stop) -> None:
         if not self._is_over():
             if self._phase is not Phase.PREPARED:
                 self._check_staging()
+                self._check_written()
             await self._or_roll_back(lambda: self._commit(stop))
 
     def _is_over(self) -> bool:

@@ -23,7 +23,7 @@ def nothing_blocks(request: pytest.FixtureRequest) -> Iterator[BlockBuster | Non
     if "anyio_backend" not in request.fixturenames:
         yield None
         return
-    with blockbuster_ctx("staged") as detector:
+    with blockbuster_ctx("staged", excluded_modules=["staged.testing"]) as detector:
         yield detector
 
 

@@ -30,8 +30,10 @@ from staged.testing.faults import Plan as FaultPlan
 from staged.testing.harness import Files, Harness, Step
 
 __all__ = [
+    "FAULT_MOMENTS",
     "KINDS",
     "PRIORS",
+    "At",
     "Control",
     "Kind",
     "MemoryHarness",
@@ -39,7 +41,9 @@ __all__ = [
     "Report",
     "Work",
     "World",
+    "attempt",
     "crashes",
+    "history",
     "interleavings",
     "replay",
     "run",
@@ -123,7 +127,7 @@ def works(files: Sequence[int] = (1, 2, 5)) -> Iterator[Work]:
 # ----------------------------------------------------------------------------------------------------- one writer, crashes
 
 Fault = Literal["crash before", "crash after", "crash within", "answer lost", "fails"]
-_MOMENTS: dict[Fault, Moment] = {
+FAULT_MOMENTS: dict[Fault, Moment] = {
     "crash before": "before",
     "crash after": "after",
     "crash within": "within",
@@ -132,7 +136,7 @@ _MOMENTS: dict[Fault, Moment] = {
 }
 
 
-class _At:
+class At:
     """A gate that lets one fault happen at the n-th moment of its kind, and counts the moments."""
 
     def __init__(self, fault: Fault | None = None, number: int = -1) -> None:
@@ -146,7 +150,7 @@ class _At:
         if self.dead:
             raise Crash
         self.counts[moment] += 1
-        if self.fault is None or moment != _MOMENTS[self.fault] or self.counts[moment] != self.number + 1:
+        if self.fault is None or moment != FAULT_MOMENTS[self.fault] or self.counts[moment] != self.number + 1:
             return
         self.struck = name
         if self.fault in ("answer lost", "fails"):
@@ -269,7 +273,7 @@ class Control:
     records: list[str]
 
 
-async def _attempt(work: Callable[[], Awaitable[str]]) -> str:
+async def attempt(work: Callable[[], Awaitable[str]]) -> str:
     """What a caller hears: a phase, `untouched`, `committed` or `unknown` of an error, or `crash`."""
     try:
         return await work()
@@ -279,11 +283,11 @@ async def _attempt(work: Callable[[], Awaitable[str]]) -> str:
         return error.outcome
 
 
-async def _one(kind: Kind, work: Work, prior: Files, gate: _At, again: _At | None) -> tuple[str, list[str]]:
+async def history(kind: Kind, work: Work, prior: Files, gate: At, again: At | None) -> tuple[str, list[str]]:
     """One history: the work with a fault, then recover, perhaps with a fault of its own, then recover again."""
     world = await World.of(kind, prior)
     process = world.process(gate)
-    said = await _attempt(functools.partial(work, process.store))
+    said = await attempt(functools.partial(work, process.store))
     await world.end(process)
     return await _judge(world, work, prior, said, again)
 
@@ -293,7 +297,7 @@ async def _judge(
     work: Work,
     prior: Files,
     said: str,
-    again: _At | None = None,
+    again: At | None = None,
     late: Callable[[], Awaitable[None]] | None = None,
 ) -> tuple[str, list[str]]:
     """Hold what is there against what may be there, then recover, look again, go on writing, and collect."""
@@ -306,10 +310,10 @@ async def _judge(
     promised = (await world.harness.process().probe()).guarantees.get(work.mode, frozenset())
     if "one_generation" in promised and seen not in (*allowed, *([] if "no_gap" in promised else [{}])):
         wrong.append(f"a reader sees {seen}")
-    for recovery in (again, _At()):
+    for recovery in (again, At()):
         if recovery is not None:
             process = world.process(recovery)
-            await _attempt(functools.partial(_recover, process.store))
+            await attempt(functools.partial(_recover, process.store))
             await world.end(process)
     if late is not None:
         await late()
@@ -322,8 +326,8 @@ async def _judge(
         wrong.append(f"reported {said}, but the target changed")
     if decided and new is not None and seen != new:
         wrong.append("decided, but not completed by recover")
-    process = world.process(_At())
-    following = await _attempt(functools.partial(Work(Mode.APPEND, (("next", b"next"),)), process.store))
+    process = world.process(At())
+    following = await attempt(functools.partial(Work(Mode.APPEND, (("next", b"next"),)), process.store))
     if following != "committed" or await world.harness.files() != seen | {"next": b"next"}:
         wrong.append(f"the next writer: {following}, {await world.harness.files()}")
     await process.store.gc(older_than=timedelta(0))
@@ -348,23 +352,23 @@ async def crashes(
     seconds: tuple[Fault, ...] = ("crash before", "crash within")
     tasks, priors = list(tasks), list(priors)
     for kind, work, prior in itertools.product(kinds, tasks, priors):
-        count = _At()
-        result, wrong = await _one(kind, work, PRIORS[prior], count, None)
+        count = At()
+        result, wrong = await history(kind, work, PRIORS[prior], count, None)
         _note(report, f"{kind.name}: {work} on {prior}, no fault", result, wrong)
         for fault in faults:
             if twice and not fault.startswith("crash"):
                 continue
-            for number in range(count.counts[_MOMENTS[fault]]):
+            for number in range(count.counts[FAULT_MOMENTS[fault]]):
                 if not twice:
-                    result, wrong = await _one(kind, work, PRIORS[prior], _At(fault, number), None)
+                    result, wrong = await history(kind, work, PRIORS[prior], At(fault, number), None)
                     _note(report, f"{kind.name}: {work} on {prior}, {fault} {number}", result, wrong)
                     continue
                 for second in seconds:
                     for at in itertools.count():
-                        again = _At(second, at)
-                        result, wrong = await _one(kind, work, PRIORS[prior], _At(fault, number), again)
-                        history = f"{kind.name}: {work} on {prior}, {fault} {number}, recover {second} {at}"
-                        _note(report, history, result, wrong)
+                        again = At(second, at)
+                        result, wrong = await history(kind, work, PRIORS[prior], At(fault, number), again)
+                        line = f"{kind.name}: {work} on {prior}, {fault} {number}, recover {second} {at}"
+                        _note(report, line, result, wrong)
                         if again.struck is None:
                             break
     return report
@@ -388,20 +392,20 @@ async def seeded(kinds: Iterable[Kind], tasks: Iterable[Work], priors: Iterable[
 async def replay(kind: Kind, work: Work, prior: Files, plan: FaultPlan | str) -> tuple[str, list[str]]:
     """One history of a writer under a plan of faults: how it ended, and what is wrong with that."""
     world = await World.of(kind, prior)
-    process = world.process(_At(), plan)
+    process = world.process(At(), plan)
     said = "unknown"
     with anyio.move_on_after(3600.0):
-        said = await _attempt(functools.partial(work, process.store))
+        said = await attempt(functools.partial(work, process.store))
     await world.end(process)
     # Under a lock the system ends what a dead process had under way; over a network it may arrive after everything else.
     locked = (await world.harness.process().probe()).fence == "lock"
     return await _judge(world, work, prior, said, late=None if locked else process.faults.arrive)
 
 
-def _note(report: Report, history: str, result: str, wrong: list[str]) -> None:
+def _note(report: Report, line: str, result: str, wrong: list[str]) -> None:
     report.histories += 1
     report.outcomes[result] += 1
-    report.failures += [f"{history}: {what}" for what in wrong]
+    report.failures += [f"{line}: {what}" for what in wrong]
 
 
 # ---------------------------------------------------------------------------------------------------- two actors, call by call
@@ -450,7 +454,7 @@ async def _pair(
     said: dict[str, str] = {}
 
     async def actor(name: str, work: Callable[[Store], Awaitable[str]], store: Store) -> None:
-        said[name] = await _attempt(lambda: work(store))
+        said[name] = await attempt(lambda: work(store))
 
     a, b = world.process(turns.gate("A")).store, world.process(turns.gate("B")).store
     async with trio.open_nursery() as nursery:
@@ -467,7 +471,7 @@ async def _pair(
         for event in turns._waiting.values():
             event.set()
     wrong: list[str] = []
-    process = world.process(_At())
+    process = world.process(At())
     last = process.store
     await last.recover()
     seen = await world.harness.files()
@@ -503,8 +507,8 @@ async def interleavings(
         for at in range(made["A"] + 1):
             for then in (math.inf, *range(at % stride, made["B"] + 1, stride)):
                 said, wrong, _ = await _pair(kind, first, second, prior, at, then)
-                history = f"{kind.name}: A={first} B={second or 'recover'}, A stops at {at}, B at {then}"
-                _note(report, history, "+".join(sorted(said.values())), wrong)
+                line = f"{kind.name}: A={first} B={second or 'recover'}, A stops at {at}, B at {then}"
+                _note(report, line, "+".join(sorted(said.values())), wrong)
     return report
 
 
