@@ -34,7 +34,7 @@ from staged.control import (
     swap,
     write_parts,
 )
-from staged.driver import Lock
+from staged.driver import Driver, Lock
 from staged.errors import (
     Busy,
     CommitBlocked,
@@ -76,7 +76,7 @@ from staged.observers import notify
 from staged.planning import Work
 from staged.records import HandlesPart, check_meta, encode
 
-__all__ = ["Held", "Stop", "Stopped", "acquire", "commit", "discard", "look", "make_plan", "settle"]
+__all__ = ["Held", "Stop", "Stopped", "acquire", "commit", "discard", "discard_staged", "look", "make_plan", "settle"]
 
 KEPT_COMMITS = 1_000
 """Commits, and so keys, that the ledger remembers."""
@@ -186,16 +186,11 @@ async def acquire(target: Target, transaction: str, owner: str, timeout: float, 
                     await _complete_other(held, owner, None)
                 except Fenced:
                     pass  # somebody else completes it: look again
-                except CommitBlocked as error:
-                    raise Busy(
-                        f"Transaction {error.transaction} is decided but blocked by {len(error.paths)} foreign entries. Run "
-                        'recover(resolve="keep") or recover(resolve="replace") first. This transaction changed nothing.',
-                        transaction=transaction,
-                    ) from error
                 except CommitIncomplete as error:
-                    raise Busy(
-                        f"An earlier commit could not be completed: {error} This transaction changed nothing.",
+                    raise StagingError(
+                        f"An earlier commit must be completed first. {error} This transaction changed nothing.",
                         transaction=transaction,
+                        retryable=not isinstance(error, CommitBlocked),
                     ) from error
             elif await held.move(states.hold(head, transaction, owner)):
                 return held
@@ -302,10 +297,10 @@ async def commit(
         decided = await _decide(held, record, work, manifest, stop)
         if isinstance(decided, Receipt):
             return decided
-        receipt = await _complete(held, decided, None)
+        receipt, freed = await _complete(held, decided, None)
     finally:
         held.release()
-    await _clean_up(target, decided)
+    await _clean_up(target, decided, freed=freed)
     return receipt
 
 
@@ -378,21 +373,23 @@ async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
     except StorageError as error:
         try:
             if await held.move(states.free(undecided)):
-                raise StagingError(
-                    f"The store did not take the decision of transaction {tx}: {error} The target is untouched.",
-                    transaction=tx,
-                    retryable=True,
-                ) from error
-        except (StorageError, DamagedRecord):
-            pass  # neither swap was answered: read
+                refused = StorageError(f"The store did not take the decision: {error}", retryable=True)
+                refused.outcome = "untouched"
+                raise refused from error
+        except (StorageError, DamagedRecord) as unanswered:
+            if unanswered.outcome == "untouched":
+                raise
+            # neither swap was answered: read
     try:
         head, token = await read_head(held.target.driver)
         if head.state is HeadState.COMMITTED and head.owner == undecided.owner and head.plan == plan:
             held.adopt(head, token)
-            return
+            # It is there, but nothing said that it is durable: the target waits until a write of ours is.
+            if await held.move(states.renew(head), durable=True):
+                return
         if head.state is HeadState.HELD and head.owner == undecided.owner:
             raise StorageError("The head is still held, and a late swap may yet decide it.")
-        outcome = await look(held.target, tx)
+        outcome = await look(held.target.driver, tx)
     except (StorageError, DamagedRecord) as error:
         raise CommitInDoubt(
             f"It is not known whether transaction {tx} was decided: {error} Nothing was cleaned up. Ask store.outcome({tx!r}) "
@@ -405,16 +402,16 @@ async def _swap_decision(held: Held, plan: Ref, ledger: Ref) -> None:
     )
 
 
-async def look(target: Target, tx: str) -> Outcome:
+async def look(driver: Driver, tx: str) -> Outcome:
     """How a transaction stands: the head is read first, then the outcome, then the record."""
-    head, _ = await read_head(target.driver)
+    head, _ = await read_head(driver)
     if head.transaction == tx and head.state is HeadState.COMMITTED:
         return Outcome(tx, "committing", epoch=head.epoch)
-    if (outcome := await read_outcome(target.driver, tx)) is not None:
+    if (outcome := await read_outcome(driver, tx)) is not None:
         return outcome
-    if (found := await read_record(target.driver, tx)) is None:
+    if (found := await read_record(driver, tx)) is None:
         # It may have ended between the two reads: its outcome is written before its record goes.
-        return await read_outcome(target.driver, tx) or Outcome(tx, "unknown")
+        return await read_outcome(driver, tx) or Outcome(tx, "unknown")
     state = found[0].state
     if state is TxState.ABORTED:
         return Outcome(tx, "rolled_back", Receipt(tx, found[0].mode, "rolled_back", key=found[0].key))
@@ -436,7 +433,7 @@ async def make_plan(target: Target, tx: str, work: Work) -> Plan:
         async with aclosing(target.driver.list(prefix)) as pages:
             async for page in pages:
                 listing += page
-                if scope.until_first_file and any(not listed.is_dir for listed in page):
+                if scope.until_first_file and any(map(planning.is_content, page)):
                     break
     if scope.names:
         async with aclosing(target.driver.list(names=scope.names)) as pages:
@@ -523,20 +520,27 @@ class _Decided:
             for at, cut in enumerate(cuts)
         ]
 
-    def receipt(self, left: int) -> Receipt:
-        """What the commit came to, the same whoever completes it."""
+    def receipt(self, left: Sequence[Entry], foreign: int) -> Receipt:
+        """What the commit came to, the same whoever completes it.
+
+        Args:
+            left: What was not published.
+            foreign: The number of files that were not removed.
+        """
         header, plan = self.header, self.plan
+        rows = [entry.rows for entry in left]
+        unknown = header.manifest.rows is None or None in rows
         swapped = header.trees is not None and header.trees.target is not None
         return Receipt(
             id=header.transaction,
             mode=header.mode,
             phase="committed",
-            files=header.manifest.files,
-            rows=header.manifest.rows,
-            bytes=header.manifest.bytes,
-            removed=None if swapped else len(plan.remove) + len(plan.replaces),
+            files=header.manifest.files - len(left),
+            rows=None if unknown else (header.manifest.rows or 0) - sum(row or 0 for row in rows),
+            bytes=header.manifest.bytes - sum(entry.size for entry in left),
+            removed=None if swapped else len(plan.remove) + len(plan.replaces) - foreign,
             key=header.key,
-            left=left,
+            left=len(left) + foreign,
         )
 
 
@@ -556,29 +560,35 @@ async def _load(target: Target, head: Head) -> _Decided:
 
 async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> str | None:
     """Complete what a dead writer decided; None where somebody else was faster."""
-    if not await held.move(states.adopt(held.head, owner)):
+    # Durable, since it may have died before its decision was.
+    if not await held.move(states.adopt(held.head, owner), durable=True):
         return None
     try:
         decided = await _load(held.target, held.head)
     except DamagedRecord:
         await held.check()
         raise
-    receipt = await _complete(held, decided, resolve)
+    receipt, freed = await _complete(held, decided, resolve)
     # Under the same lock, which whoever called us goes on with.
-    await _clean_up(held.target, decided)
+    await _clean_up(held.target, decided, freed=freed)
     return receipt.id
 
 
-async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
-    """Publish, remove, write the outcome, free the head, clean up. Every step can be repeated by anybody."""
+async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> tuple[Receipt, bool]:
+    """Publish, remove, write the outcome, free the head: the receipt, and whether the head is known to be free.
+
+    Every step can be repeated by anybody.
+    """
     target, header = held.target, decided.header
     driver, tx = target.driver, header.transaction
     try:
         if header.trees is not None:
-            left = await _swap_trees(held, header, header.trees, resolve)
+            left = await _swap_trees(held, decided, header.trees, resolve)
+            foreign = 0
         else:
-            left = await _publish(held, decided.plan, resolve) + await _remove(held, decided.plan.remove)
-        receipt = decided.receipt(left)
+            left = await _publish(held, decided.plan, resolve)
+            foreign = await _remove(held, decided.plan.remove)
+        receipt = decided.receipt(left, foreign)
         await driver.put_segment(
             outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch))
         )
@@ -588,41 +598,46 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
             transaction=tx,
         ) from error
     # From here on all is published and the outcome durable: what fails is left to the next writer.
-    await _quietly(held.move(states.free(held.head), durable=True))
-    return receipt
+    return receipt, bool(await _quietly(held.move(states.free(held.head), durable=True)))
 
 
-async def _clean_up(target: Target, decided: _Decided) -> None:
+async def _clean_up(target: Target, decided: _Decided, *, freed: bool) -> None:
     """Discard what a completed commit needs no more; what fails is left to recover and gc."""
     await _quietly(discard(target, decided.header.transaction))
-    if decided.ledger is not None:
+    # The earlier ledger is the one in force until the head that names the later is durable.
+    if freed and decided.ledger is not None:
         await _quietly(target.driver.delete_control([f"{decided.ledger.key}-0"]))
     if decided.header.trees is not None:
         await _quietly(target.driver.trim(decided.header.keep_old, 0.0))
 
 
-async def _swap_trees(held: Held, header: PlanHeader, trees: Trees, resolve: Resolve | None) -> int:
-    """Swap the trees; the number of files left out because something foreign is in the target's place."""
-    driver = held.target.driver
+async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Resolve | None) -> Sequence[Entry]:
+    """Swap the trees; what was left out because something foreign is in the target's place."""
+    driver, header = held.target.driver, decided.header
     aside = f"{header.epoch:016d}-{header.transaction}"
     answer = await driver.swap(header.transaction, trees, aside)
     if answer in (Answer.FOREIGN, Answer.LOST):
         await held.check()
         if resolve == "replace" and answer is Answer.FOREIGN:
-            now = await driver.trees(header.transaction)
+            try:
+                now = await driver.trees(header.transaction)
+            except Conflict as error:
+                raise _blocked(header.transaction, ["."], lost=False) from error
             answer = await driver.swap(header.transaction, Trees(trees.new, now.target), aside)
         elif resolve is not None:
-            return header.manifest.files
+            # What is kept out is discarded before the head is freed: nobody may publish it later.
+            await driver.discard(header.transaction, [entry.handle for entry in decided.plan.publish], whole=True)
+            return decided.plan.publish
     if answer in (Answer.FOREIGN, Answer.LOST):
-        raise _blocked(header.transaction, ["."], answer is Answer.LOST)
+        raise _blocked(header.transaction, ["."], lost=answer is Answer.LOST)
     notify(held.target.observers, Published(header.transaction, header.manifest.files))
-    return 0
+    return ()
 
 
-async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> int:
-    """Publish all entries; the number left out because something foreign is in their place."""
+async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[Entry]:
+    """Publish all entries; those left out because something foreign is in their place."""
     target, tx = held.target, held.head.transaction or ""
-    left = 0
+    left: list[Entry] = []
     for batch in _batches(plan.publish, target.store):
         await held.renew()
         stuck = _stuck(batch, await target.driver.publish(tx, batch, plan.replaces))
@@ -635,10 +650,10 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> int:
                 stuck = _stuck(retry, await target.driver.publish(tx, retry, there))
             foreign = [entry for entry, answer in stuck if answer is Answer.FOREIGN]
             if stuck and (resolve is None or (resolve == "replace" and foreign)):
-                raise _blocked(tx, [entry.path for entry, _ in stuck], not foreign)
+                raise _blocked(tx, [entry.path for entry, _ in stuck], lost=not foreign)
             # What is kept out is discarded before the head is freed: nobody may publish it later.
             await target.driver.discard(tx, [entry.handle for entry in foreign], whole=False)
-            left += len(stuck)
+            left += [entry for entry, _ in stuck]
         notify(target.observers, Published(tx, len(batch) - len(stuck)))
     return left
 
@@ -670,7 +685,7 @@ def _stuck(batch: Sequence[Entry], answers: Sequence[Answer]) -> list[tuple[Entr
     ]
 
 
-def _blocked(tx: str, paths: Sequence[str], lost: bool) -> CommitBlocked:
+def _blocked(tx: str, paths: Sequence[str], *, lost: bool) -> CommitBlocked:
     what = "staged files of it are gone" if lost else "something that is not ours is in the way"
     return CommitBlocked(
         f"Transaction {tx} is decided, but {what}: {', '.join(map(repr, paths[:5]))}{' …' if len(paths) > 5 else ''}. "
@@ -686,20 +701,27 @@ async def discard(target: Target, tx: str, *, log: bool = False) -> None:
     Args:
         log: Its manifest and plan go too: nothing was committed.
     """
-    keys = await target.driver.list_control(f"tx/{tx}/")
-    handles: set[str] = set()
-    for key in keys:
-        if key.startswith(f"tx/{tx}/handles-") and (found := await read(target.driver, key, HandlesPart)) is not None:
-            handles.update(found[0].handles)
-    await target.driver.discard(tx, handles, whole=True)
+    keys = await discard_staged(target, tx)
     if log:
         await target.driver.delete_control(await target.driver.list_control(log_prefix(tx)))
     record = record_key(tx)
     await target.driver.delete_control([*(key for key in keys if key != record), record])
 
 
-async def _quietly(step: Awaitable[object]) -> None:
+async def discard_staged(target: Target, tx: str) -> Sequence[str]:
+    """Discard the staged bytes of a transaction that ended; returns the keys of its control data, which stay."""
+    keys = await target.driver.list_control(f"tx/{tx}/")
+    handles: set[str] = set()
+    for key in keys:
+        if key.startswith(f"tx/{tx}/handles-") and (found := await read(target.driver, key, HandlesPart)) is not None:
+            handles.update(found[0].handles)
+    await target.driver.discard(tx, handles, whole=True)
+    return keys
+
+
+async def _quietly(step: Awaitable[_T]) -> _T | None:
     try:
-        await step
+        return await step
     except StagedError as error:
         _log.warning("Something was left for the next writer, recover or gc: %s", error)
+        return None

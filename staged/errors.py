@@ -106,6 +106,15 @@ class Conflict(StagingError):
 
     retryable = True
 
+    @classmethod
+    def covering(cls, path: str) -> Conflict:
+        """The commit would carry away the control area of another target, found at this path."""
+        return cls(
+            f"The target holds {path!r}, the control area of another target, which this commit would carry away. Write that "
+            "target through its own store, such as store.child(…), or remove its control area if it is no longer used.",
+            retryable=False,
+        )
+
 
 class Exists(Conflict):
     """A name to be added is taken, or a target that must be empty is not."""

@@ -22,6 +22,7 @@ from staged.errors import (
     Busy,
     CommitIncomplete,
     CommitInDoubt,
+    Conflict,
     DamagedRecord,
     Fenced,
     InvalidInput,
@@ -68,8 +69,14 @@ class Options:
             raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
         for partition in self.partitions or ():
             paths.parse(partition)
-        if self.keep_old < 0 or self.lock_timeout < 0 or self.grace < 0:
-            raise InvalidInput("keep_old, lock_timeout and grace are not negative.")
+        for number in (self.keep_old, self.lock_timeout, self.grace):
+            if not isinstance(number, (int, float)) or number < 0:
+                raise InvalidInput("keep_old, lock_timeout and grace (in seconds) are numbers that are not negative.")
+        for check in self.validate:
+            if not callable(check):
+                raise InvalidInput(
+                    f"A check of validate= is called with the staged entries; {check!r} cannot be called."
+                )
 
 
 class Transaction(Staging):
@@ -98,6 +105,8 @@ class Transaction(Staging):
         self._attempt = states.new_id()[:8]
         self._numbers = 0
         self._sealed = False
+        self._validating = False
+        self._abandoned = False
         self._ending = anyio.Lock()
         self._began = anyio.current_time()
         self._staged_at = self._began
@@ -109,8 +118,9 @@ class Transaction(Staging):
         """Take a lease, write the record, and look whether there is anything to do."""
         driver = target.driver
         tx, lease = states.new_id(), None
-        if target.store.fence == "lock" and (lease := await driver.lock(f"tx/{tx}/lease")) is None:
-            raise Busy("The lease of a new transaction could not be taken; run again.", transaction=tx)
+        # A recoverer may try the lease of a transaction that it sees before its record: then another id is free.
+        while target.store.fence == "lock" and (lease := await driver.lock(f"tx/{tx}/lease")) is None:
+            tx = states.new_id()
         try:
             head, ledger = await read_both(driver)
             record = TxRecord(
@@ -121,7 +131,7 @@ class Transaction(Staging):
                 block=block,
                 base=base_of(head, ledger),
                 key=options.key,
-                meta=options.meta or {},
+                meta=dict(options.meta or {}),
                 partitions=options.partitions,
                 allow_empty=options.allow_empty,
                 keep_old=options.keep_old,
@@ -142,7 +152,7 @@ class Transaction(Staging):
         self.done = options.key is not None and any(
             commit.key == options.key and commit.transaction != completing for commit in ledger.commits
         )
-        if not self.done and options.mode in (Mode.ERROR, Mode.IGNORE):
+        if not self.done and completing is None and options.mode in (Mode.ERROR, Mode.IGNORE):
             await self._or_roll_back(self._look_at_target)
         self._nowhere = self.done or self.skipped
         return self
@@ -160,7 +170,7 @@ class Transaction(Staging):
                 if found is None and lease is not None:
                     await discard(target, tx)
                 raise WrongState(
-                    f"Transaction {tx} is {(await look(target, tx)).state}; only a prepared one can be resumed.",
+                    f"Transaction {tx} is {(await look(target.driver, tx)).state}; only a prepared one can be resumed.",
                     transaction=tx,
                 )
             record = replace(found[0], owner=owner, nonce=states.new_id())
@@ -219,6 +229,11 @@ class Transaction(Staging):
         work = self._work()
         planning.check(work, self._target.store)
         return await commit.make_plan(self._target, self.id, work)
+
+    @property
+    def meta(self) -> dict[str, object]:
+        """The facts that are committed with the data; may be changed until the transaction is prepared."""
+        return self._record.meta
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -289,11 +304,23 @@ class Transaction(Staging):
 
     # ------------------------------------------------------------------------------------------------------ for the above
 
+    async def abandon(self) -> None:
+        """Let go of it since its store closes: what is prepared can be resumed, what is not is rolled back."""
+        if self._phase is Phase.PREPARED:
+            await self.release()
+        elif self._phase is Phase.STAGING:
+            self._abandoned = True
+            await self.rollback()
+
     def _check_staging(self) -> None:
-        if self._phase is not Phase.STAGING:
-            raise WrongState(
-                f"Transaction {self.id} is {self._phase.value} and takes no more writes.", transaction=self.id
-            )
+        if self._phase is not Phase.STAGING or self._validating:
+            now = "validating" if self._validating else self._phase.value
+            wrong = WrongState(f"Transaction {self.id} is {now} and takes no more writes.", transaction=self.id)
+            if self._phase in (Phase.COMMITTED, Phase.INCOMPLETE):
+                wrong.outcome = "committed"
+            elif self._phase in (Phase.COMMITTING, Phase.IN_DOUBT):
+                wrong.outcome = "unknown"
+            raise wrong
 
     def _work(self) -> Work:
         options = self._options
@@ -361,8 +388,7 @@ class Transaction(Staging):
 
     async def _undo(self, error: Exception) -> None:
         """After a failure before the decision: what a caller prepared waits for another try, all else is rolled back."""
-        passing = isinstance(error, (Busy, StorageError, DamagedRecord, Stopped))
-        if self._phase is Phase.COMMITTING and passing and not self._record.block:
+        if self._phase is Phase.COMMITTING and _passes(error) and not self._record.block:
             self._phase = advance(self._phase, Phase.PREPARED)
             return
         try:
@@ -375,10 +401,11 @@ class Transaction(Staging):
         self.skipped = (await commit.make_plan(self._target, self.id, Work(self._options.mode, ()))).skipped
 
     async def _validate(self) -> None:
-        """Run the caller's checks, in the caller's task; whatever ends them rolls back."""
+        """Run the caller's checks, in the caller's task; whatever ends them rolls back. Nothing is staged meanwhile."""
         self._check_staging()
         self._check_written()
         self._staged_at = anyio.current_time()
+        self._validating = True
         try:
             for check in () if self._nowhere else self._options.validate:
                 await self._run_check(check)
@@ -388,17 +415,25 @@ class Transaction(Staging):
             except StagedError as failed:
                 error.add_note(f"staged: rolling back transaction {self.id} failed: {failed}")
             raise
+        finally:
+            self._validating = False
 
     async def _run_check(self, check: Check) -> None:
+        name = getattr(check, "__name__", type(check).__name__)
         try:
-            checked = check(self.entries)
-            if checked is not None:
-                await checked
+            checked: object = check(self.entries)
+            if isinstance(checked, Awaitable):
+                checked = await checked
         except Exception as error:
-            name = getattr(check, "__name__", type(check).__name__)
             raise ValidationFailed(
-                f"The check {name!r} refused the staged files: {error} The target is untouched.", transaction=self.id
+                f"The check {name!r} refused the staged files ({error}). The target is untouched.", transaction=self.id
             ) from error
+        if checked is not None:
+            raise ValidationFailed(
+                f"The check {name!r} returned {checked!r}; a check refuses by raising, and returns None. The target is "
+                "untouched.",
+                transaction=self.id,
+            )
 
     async def _prepare(self, stop: Stop) -> None:
         if self._nowhere:
@@ -406,6 +441,7 @@ class Transaction(Staging):
             return
         self._phase = advance(self._phase, Phase.PREPARING)
         driver = self._target.driver
+        check_meta(self.meta)
         planning.check(self._work(), self._target.store)
         await driver.seal(self.id, self._entries.values())
         stop.check()
@@ -447,7 +483,7 @@ class Transaction(Staging):
         self._phase = advance(self._phase, Phase.ROLLING_BACK)
         mode, key = self._options.mode, self._options.key
         try:
-            outcome = await abort(self._target, self.id, self._record.owner, sole=self._lease is not None)
+            outcome = await abort(self._target, self.id, self._record.owner, sole=self._lease is not None, own=True)
         except BaseException:
             self._end(Phase.IN_DOUBT, None)
             raise
@@ -472,6 +508,13 @@ class Transaction(Staging):
             self._lease = None
 
 
+def _passes(error: Exception) -> bool:
+    """Whether a later try may succeed with the very files that are prepared."""
+    if isinstance(error, StagingError) and not isinstance(error, Conflict):
+        return error.retryable or isinstance(error.__cause__, CommitIncomplete)
+    return isinstance(error, (Busy, StorageError, DamagedRecord, Stopped))
+
+
 class Block:
     """`async with` around staged work: a clean exit commits, an exception or a cancellation rolls back."""
 
@@ -490,6 +533,12 @@ class Block:
     ) -> None:
         transaction = self._transaction
         assert transaction is not None
+        if error is None and transaction._abandoned:
+            raise WrongState(
+                f"Transaction {transaction.id} was rolled back, since its store was closed within its block. The target is "
+                "untouched.",
+                transaction=transaction.id,
+            )
         if transaction.phase in ENDED:
             return
         if error is None:
@@ -497,6 +546,8 @@ class Block:
                 await transaction.commit()
             except BaseException as refused:
                 await self._leave(transaction, refused)
+                if transaction.phase is Phase.COMMITTED:
+                    refused.add_note(f"staged: transaction {transaction.id} is committed all the same.")
                 raise
         else:
             await self._leave(transaction, error)

@@ -17,7 +17,19 @@ from staged.errors import Conflict, Exists, InvalidInput, StagingError
 from staged.model import Capabilities, Entry, Listed, Mode, Plan
 from staged.paths import RESERVED, fold, parents
 
-__all__ = ["BLIND", "REPLACING", "Scope", "Work", "check", "guarded", "make_plan", "overlap", "partitions_of", "scope"]
+__all__ = [
+    "BLIND",
+    "REPLACING",
+    "Scope",
+    "Work",
+    "check",
+    "guarded",
+    "is_content",
+    "make_plan",
+    "overlap",
+    "partitions_of",
+    "scope",
+]
 
 REPLACING = frozenset({Mode.OVERWRITE_PARTITIONS, Mode.FULL_DROP})
 """Modes in which what is not staged again is removed."""
@@ -115,6 +127,11 @@ def scope(work: Work) -> Scope:
     return Scope(prefixes=tuple(partitions), names=frozenset(names))
 
 
+def is_content(listed: Listed) -> bool:
+    """Whether it makes a target other than empty: a directory does not, and no control area of a target below."""
+    return not listed.is_dir and RESERVED not in listed.path.split("/")
+
+
 def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Plan:
     """What a commit of this work does to a target that holds what was listed in its scope.
 
@@ -127,7 +144,7 @@ def make_plan(work: Work, listing: Iterable[Listed], store: Capabilities) -> Pla
     listing = list(listing)
     found = {key(listed.path): listed for listed in listing}
     if work.mode in (Mode.ERROR, Mode.IGNORE):
-        held = next((listed for listed in found.values() if not listed.is_dir), None)
+        held = next(filter(is_content, found.values()), None)
         if held is not None and work.mode is Mode.IGNORE:
             return Plan(skipped=True)
         if held is not None:
@@ -163,18 +180,16 @@ def _removable(
         name = key(listed.path)
         covered = work.mode is Mode.FULL_DROP or not replaced.isdisjoint(parents(name))
         if covered and RESERVED in listed.path.split("/"):
-            raise Conflict(
-                f"The target holds {listed.path!r}, the control area of another target. Replacing this one would destroy "
-                "it; replace that target through its own store, or remove its control area.",
-                retryable=False,
-            )
+            raise Conflict.covering(listed.path)
         if listed.is_dir:
             continue
         if covered or name in deletes:
             removable[listed.path] = listed
             deletes.pop(name, None)
     if deletes:
-        raise Conflict(f"{next(iter(deletes.values()))!r} is to be deleted, but the target has no such file.")
+        raise Conflict(
+            f"{next(iter(deletes.values()))!r} is to be deleted, but the target has no such file.", retryable=False
+        )
     return removable
 
 

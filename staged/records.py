@@ -142,12 +142,14 @@ def decode(kind: type[T], body: bytes, key: str) -> T:
 
 def check_key(key: str | None) -> None:
     """Raise `InvalidInput` for a key that is empty, over 256 characters, or no UTF-8."""
-    if key is not None and not (0 < len(key) <= MAX_KEY and _is_text(key)):
+    if key is not None and not (isinstance(key, str) and 0 < len(key) <= MAX_KEY and _is_text(key)):
         raise InvalidInput(f"A key has 1 to {MAX_KEY} characters that can be written as UTF-8.")
 
 
 def check_meta(meta: dict[str, object]) -> None:
     """Raise `InvalidInput` for a meta that JSON cannot carry as it is, or that is over 16 KiB."""
+    if not isinstance(meta, dict) or not all(isinstance(name, str) for name in meta):
+        raise InvalidInput("The meta is a dict with str for keys.")
     if _depth(meta) > MAX_DEPTH:
         raise InvalidInput(f"The meta is nested more than {MAX_DEPTH} levels deep.")
     try:

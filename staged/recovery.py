@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from staged import states
-from staged.commit import Stop, discard, look, settle
+from staged.commit import Stop, discard, discard_staged, look, settle
 from staged.control import Target, outcome_key, read_head, read_outcome, read_record, record_key, swap
 from staged.driver import Lock
-from staged.errors import Busy, DamagedRecord
+from staged.errors import Busy, DamagedRecord, Fenced
 from staged.model import HeadState, Outcome, Receipt, Recovered, Resolve, TxState
 from staged.records import encode, is_id
 
@@ -22,7 +22,7 @@ _ATTEMPTS = 10
 """Lost races after which a rollback gives up: each is a step that another process made."""
 
 
-async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
+async def abort(target: Target, tx: str, owner: str, *, sole: bool, own: bool = False) -> Outcome:
     """Roll an undecided transaction back, or find how it ended.
 
     The order is the proof: the record's token first, then the head, then the outcome, then ABORTED by a swap of that token.
@@ -30,12 +30,18 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
 
     Args:
         sole: Nobody else can be at work on it, so that an ABORTED found there may be completed.
+        own: Only as its owner.
+
+    Raises:
+        Fenced: Another process owns it by now, and only its owner was to roll it back.
     """
     for _ in range(_ATTEMPTS):
         found = await read_record(target.driver, tx)
         if found is None:
-            return await look(target, tx)
+            return await look(target.driver, tx)
         record, token = found
+        if own and record.owner != owner:
+            raise Fenced(f"Another process resumed transaction {tx}. Ask store.outcome({tx!r}).", transaction=tx)
         head, _ = await read_head(target.driver)
         if head.transaction == tx and head.state is HeadState.COMMITTED:
             return Outcome(tx, "committing", epoch=head.epoch)
@@ -60,6 +66,8 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool) -> Outcome:
         ):
             continue
         outcome = Outcome(tx, "rolled_back", Receipt(tx, record.mode, "rolled_back", key=record.key))
+        # Its bytes first: on a full disk they make room for its outcome.
+        await discard_staged(target, tx)
         await target.driver.put_segment(outcome_key(tx), encode(outcome))
         await discard(target, tx, log=True)
         return outcome

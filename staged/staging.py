@@ -46,7 +46,6 @@ class StagedFile:
         self._path = path
         self._overwrite = overwrite
         self._writer: Writer | None = None
-        self._size = 0
 
     async def write(self, data: Buffer) -> int:
         """Add bytes; returns how many.
@@ -56,10 +55,12 @@ class StagedFile:
         """
         if self._writer is None:
             raise WrongState(f"{self._path!r} is not open.")
+        self._staging._check_staging()
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise InvalidInput(f"{self._path!r} takes bytes, not {type(data).__name__}.")
         with self._staging._errors(self._path):
             await self._writer.write(data)
-        self._size += len(data)
-        return len(data)
+        return memoryview(data).nbytes
 
     async def __aenter__(self) -> StagedFile:
         self._staging._open(self._path, self._overwrite)
@@ -79,6 +80,7 @@ class StagedFile:
         try:
             if error is None:
                 try:
+                    self._staging._check_staging()
                     with self._staging._errors(self._path):
                         entry = await writer.close()
                 except BaseException:
@@ -164,7 +166,9 @@ class Staging:
                 await to_thread.run_sync(lambda: os.makedirs(os.path.dirname(local), exist_ok=True))
                 yield local
                 if not await to_thread.run_sync(os.path.isfile, local):
-                    raise StagingError(f"No file was written for {parsed!r}.", transaction=self.id)
+                    made = await to_thread.run_sync(os.path.isdir, local)
+                    what = "A directory was written; use tx.dir for that" if made else "No file was written"
+                    raise StagingError(f"{what}: {parsed!r}.", transaction=self.id)
                 await self._adopt(root, moves, [parsed])
         finally:
             self._close(parsed)
@@ -345,7 +349,14 @@ async def _abort(writer: Writer) -> None:
 async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterator[Buffer]:
     # An open file is asked for blocks: iterating it would split it into lines.
     if (reader := getattr(source, "read", None)) is not None:
-        while data := await reader(_CHUNK):
+        while True:
+            read = reader(_CHUNK)
+            if not isinstance(read, Awaitable):
+                raise InvalidInput(
+                    f"{type(source).__name__} is a synchronous file; open it with anyio.open_file, or use put_file."
+                )
+            if not (data := await read):
+                return
             yield data
     elif isinstance(source, AsyncIterable):
         async for chunk in source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
+from typing import get_args
 
 import anyio
 
@@ -18,7 +20,7 @@ from staged._waitout import run_to_end
 from staged.commit import look
 from staged.control import HEAD, Target, read_both, read_record, record_key
 from staged.driver import Driver
-from staged.errors import DamagedRecord, InvalidInput, StagedError, Unsupported, WrongState
+from staged.errors import DamagedRecord, InvalidInput, StagedError, StagingError, StorageError, Unsupported, WrongState
 from staged.lifecycle import Block, Check, Options, Transaction
 from staged.model import (
     Capabilities,
@@ -68,6 +70,8 @@ def open_store(
             raise InvalidInput(f"A driver is configured already; {', '.join(options)} cannot be passed with it.")
         return Store(target, observers)
     text = os.fspath(target)
+    if not isinstance(text, str):
+        raise InvalidInput("A target is a str, a path or a driver.")
     scheme, found, rest = text.partition("://")
     if not found or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
         scheme, rest = "", text
@@ -75,12 +79,15 @@ def open_store(
         raise Unsupported(
             f"There is no driver for {scheme}:// URLs; there are drivers for {', '.join(filter(None, _DRIVERS))}."
         )
+    if scheme == "file" and not rest.startswith("/"):
+        raise InvalidInput(f"{text!r} names a host or a relative path; a local target is file:///path, or just /path.")
     module, name = _DRIVERS[scheme]
     driver_class = getattr(importlib.import_module(module), name)
-    try:
-        return Store(driver_class(rest, **options), observers)
-    except TypeError as error:
-        raise InvalidInput(f"{name}: {error}") from error
+    known = [parameter for parameter in inspect.signature(driver_class).parameters if parameter != "path"]
+    for option in options:
+        if option not in known:
+            raise InvalidInput(f"There is no option {option!r} for this store; its options are {', '.join(known)}.")
+    return Store(driver_class(rest, **options), observers)
 
 
 class Store:
@@ -145,7 +152,8 @@ class Store:
             StagedError: On leaving; see `outcome` on it.
         """
         options = _options(mode, key, meta, partitions, allow_empty, validate, keep_old, lock_timeout, grace)
-        return Block(lambda: self._begin(options, tuple(require), block=True))
+        asked = _guarantees(require)
+        return Block(lambda: self._begin(options, asked, block=True))
 
     async def begin(
         self,
@@ -163,7 +171,7 @@ class Store:
     ) -> Transaction:
         """The same without a block: then call `prepare`, `commit` or `rollback`. What is prepared survives this process."""
         options = _options(mode, key, meta, partitions, allow_empty, validate, keep_old, lock_timeout, grace)
-        return await self._begin(options, tuple(require), block=False)
+        return await self._begin(options, _guarantees(require), block=False)
 
     async def resume(self, id: str, *, lock_timeout: float = 60.0, grace: float = 30.0) -> Transaction:
         """Take over a prepared transaction, from this process or a dead one; then call `commit` or `rollback`.
@@ -183,14 +191,14 @@ class Store:
         """The state of the target, and every transaction that has not ended. Changes nothing."""
         if await self._is_new():
             return Status(head=HeadState.FREE, epoch=0, committing=None, commits=0, last=None)
-        target = await self._probed()
-        head, ledger = await read_both(target.driver)
-        ids = sorted({key.split("/")[1] for key in await target.driver.list_control("tx/")})
+        driver = self._driver
+        head, ledger = await read_both(driver)
+        ids = sorted({key.split("/")[1] for key in await driver.list_control("tx/")})
         found: list[TransactionStatus | None] = []
         damaged: list[str] = []
         for tx in filter(is_id, ids):
             try:
-                found.append(await self._status_of(target, tx))
+                found.append(await self._status_of(tx))
             except DamagedRecord:
                 damaged.append(tx)
         return Status(
@@ -205,12 +213,13 @@ class Store:
 
     async def outcome(self, id: str) -> Outcome:
         """How a transaction ended, or stands: the head is asked first, then its outcome. Changes nothing."""
-        if await self._is_new():
-            return Outcome(_id(id), "unknown")
-        return await look(await self._probed(), _id(id))
+        tx = _id(id)
+        self._check_open()
+        return await look(self._driver, tx)
 
     async def meta(self) -> dict[str, object]:
         """The merged meta of all commits."""
+        self._check_open()
         _, ledger = await read_both(self._driver)
         return dict(ledger.meta)
 
@@ -243,8 +252,8 @@ class Store:
         Args:
             older_than: The age, by the store's own clock, at which something is old; zero is allowed.
         """
-        if older_than < timedelta(0):
-            raise InvalidInput("older_than is not negative.")
+        if not isinstance(older_than, timedelta) or older_than < timedelta(0):
+            raise InvalidInput("older_than is a timedelta that is not negative.")
         if await self._is_new():
             return Recovered()
         target = await self._probed()
@@ -266,10 +275,7 @@ class Store:
         failed: StagedError | None = None
         for transaction in self._open:
             try:
-                if transaction.phase is Phase.PREPARED:
-                    await transaction.release()
-                elif transaction.phase is Phase.STAGING:
-                    await transaction.rollback()
+                await transaction.abandon()
             except StagedError as error:
                 failed = error
         await self._driver.aclose()
@@ -291,17 +297,19 @@ class Store:
 
     # ------------------------------------------------------------------------------------------------------ for the above
 
-    async def _probed(self) -> Target:
+    def _check_open(self) -> None:
         if self._closed:
             raise WrongState("The store is closed.")
+
+    async def _probed(self) -> Target:
+        self._check_open()
         if self._target is None:
             self._target = Target(self._driver, await self._driver.probe(), self._observers)
         return self._target
 
     async def _is_new(self) -> bool:
         """Whether nobody ever wrote here: then looking leaves no trace of itself."""
-        if self._closed:
-            raise WrongState("The store is closed.")
+        self._check_open()
         return (
             self._target is None
             and await self._driver.read(HEAD) is None
@@ -313,16 +321,22 @@ class Store:
         """Each transaction has an owner of its own, so that two of one process are two for the head as well."""
         return f"{socket.gethostname()}:{os.getpid()}:{states.new_id()}"
 
-    async def _begin(self, options: Options, require: tuple[Guarantee, ...], *, block: bool) -> Transaction:
-        target = await self._probed()
-        missing = set(require) - target.store.guarantees.get(options.mode, frozenset())
+    async def _begin(self, options: Options, require: frozenset[Guarantee], *, block: bool) -> Transaction:
+        try:
+            target = await self._probed()
+        except StorageError as error:
+            raise StagingError(f"Nothing was begun. {error}", retryable=error.retryable) from error
+        missing = require - target.store.guarantees.get(options.mode, frozenset())
         if missing:
             raise Unsupported(
                 f"{self.url} does not promise {', '.join(sorted(missing))} for mode {options.mode.value!r}. Nothing was begun."
             )
-        return await self._track(
-            lambda: Transaction.begin(target, options, self._new_owner(), block=block), options.grace
-        )
+        try:
+            return await self._track(
+                lambda: Transaction.begin(target, options, self._new_owner(), block=block), options.grace
+            )
+        except StorageError as error:
+            raise StagingError(f"Nothing was begun. {error}", retryable=error.retryable) from error
 
     async def _track(self, make: Callable[[], Awaitable[Transaction]], grace: float) -> Transaction:
         """Begin in a task of its own: a caller that is cancelled meanwhile leaves no transaction behind."""
@@ -342,20 +356,25 @@ class Store:
         self._open.add(made[0])
         return made[0]
 
-    async def _status_of(self, target: Target, tx: str) -> TransactionStatus | None:
-        if await read_record(target.driver, tx) is None:
+    async def _status_of(self, tx: str) -> TransactionStatus | None:
+        driver = self._driver
+        if await read_record(driver, tx) is None:
             return None
         alive: bool | None = None
-        if target.store.fence == "lock":
-            # The lock is given back at once; asking is all that a look may do.
-            lock = await target.driver.lock(f"tx/{tx}/lease")
-            alive = lock is None
-            if lock is not None:
-                lock.release()
-        if (found := await read_record(target.driver, tx)) is None:
+        age: float | None = None
+        try:
+            age = await driver.age(record_key(tx))
+            if (await self._probed()).store.fence == "lock":
+                # The lock is given back at once; asking is all that a look may do.
+                lock = await driver.lock(f"tx/{tx}/lease")
+                alive = lock is None
+                if lock is not None:
+                    lock.release()
+        except (StorageError, Unsupported):
+            pass  # where nothing can be written, nobody can tell
+        if (found := await read_record(driver, tx)) is None:
             return None
         record = found[0]
-        age = await target.driver.age(record_key(tx))
         return TransactionStatus(tx, record.state, record.mode, record.owner, record.block, alive, age, record.key)
 
 
@@ -371,11 +390,22 @@ def _options(
     grace: float,
 ) -> Options:
     chosen = Mode.parse(mode)
-    named = None if partitions is None else tuple(partitions)
+    if isinstance(partitions, str):
+        raise InvalidInput(f"partitions= is a list of directories, such as [{partitions!r}], not a str.")
+    if not isinstance(validate, Iterable):
+        raise InvalidInput("validate= is a list of checks.")
+    named = None if partitions is None else tuple(partition.rstrip("/") for partition in partitions)
     return Options(chosen, key, meta, named, allow_empty, tuple(validate), keep_old, lock_timeout, grace)
 
 
+def _guarantees(require: Iterable[Guarantee]) -> frozenset[Guarantee]:
+    known = get_args(Guarantee)
+    if isinstance(require, str) or not (asked := frozenset(require)) <= frozenset(known):
+        raise InvalidInput(f"require= is a list of some of {', '.join(known)}, not {require!r}.")
+    return asked
+
+
 def _id(text: str) -> str:
-    if not is_id(text):
+    if not isinstance(text, str) or not is_id(text):
         raise InvalidInput(f"{text!r} is not the id of a transaction.")
     return text

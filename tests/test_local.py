@@ -231,7 +231,7 @@ async def test_a_foreign_file_in_the_way_blocks_a_decided_commit_until_somebody_
         assert caught.value.paths == ("d/a",)
         assert caught.value.outcome == "committed"
         assert tx.receipt.phase == "committing"
-        with pytest.raises(StagedError, match="blocked"):
+        with pytest.raises(StagedError, match="must be completed first"):
             await load(open_store(target), "append", c="1")
         with pytest.raises(CommitBlocked):
             await open_store(target).recover()

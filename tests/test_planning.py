@@ -90,10 +90,11 @@ def oracle(case: Case, store: Capabilities) -> Files | None:
         or (mode is Mode.OVERWRITE_PARTITIONS and not all("/" in path and replaced(path) for path in new))
     ):
         return None
-    if mode is Mode.IGNORE and old:
+    content = [path for path in old if RESERVED not in path.split("/")]
+    if mode is Mode.IGNORE and content:
         return old
     if (
-        (mode is Mode.ERROR and old)
+        (mode is Mode.ERROR and content)
         or (mode is Mode.APPEND and new.keys() & old.keys())
         or not drops <= old.keys()
         or any(replaced(path) and RESERVED in path.split("/") for path in old)
@@ -126,7 +127,8 @@ def scoped(case: Case, store: Capabilities) -> list[Listed]:
         if key(there.path) in names or any(not prefix or below(key(there.path), prefix) for prefix in prefixes)
     ]
     files = [there for there in found if not there.is_dir]
-    return [there for there in found if there.is_dir] + files[:1] if wanted.until_first_file else found
+    first = next((number for number, there in enumerate(files, 1) if RESERVED not in there.path.split("/")), len(files))
+    return [there for there in found if there.is_dir] + files[:first] if wanted.until_first_file else found
 
 
 # ------------------------------------------------------------------------------------------------------------- cases

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
@@ -17,6 +18,8 @@ from staged.errors import StorageError
 
 __all__ = ["ControlArea", "exists", "unlink"]
 
+_SLICE = 64
+"""Segments that are open at a time while they are synced."""
 _WAIT = 20.0
 """Seconds to wait for another process's swap of the same record, which takes milliseconds unless it is stopped."""
 
@@ -36,8 +39,8 @@ class ControlArea:
         self._durable = durable
         self._unsynced: list[str] = []
         self._broken = False
+        self._synced = b""
         self._syncing = threading.Lock()
-        self._numbers = itertools.count()
 
     @contextmanager
     def opened(self, *parts: str, create: bool = False) -> Iterator[int]:
@@ -55,7 +58,7 @@ class ControlArea:
         except FileNotFoundError:
             return None
         with open(file, "rb", buffering=0) as reader:
-            body = _slots.read(file) if _is_swapped(key) else reader.readall()
+            body = _slots.current(file)[1] if _is_swapped(key) else reader.readall()
             if not body and os.fstat(file).st_size:
                 body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
         return Record(body, _slots.token(body)) if body else None
@@ -68,15 +71,17 @@ class ControlArea:
                 file = self._locked(stack, fd, name, create=token is None)
             except FileNotFoundError:
                 return None
-            found = _slots.read(file)
+            sequence, found = _slots.current(file)
             if (_slots.token(found) if found else None) != token:
                 return None
             if durable and self._durable:
                 self._sync_segments()
-            _slots.write(file, body)
-            # The slot that is not written to stays readable only if it is on the disk before the other is overwritten.
-            if self._durable and (durable or key == "head"):
+            if self._durable and sequence >= _slots.SLOTS and found != self._synced:
+                os.fdatasync(file)  # one that is not overwritten must be on the disk
+            _slots.write(file, body, sequence + 1)
+            if self._durable and durable:
                 os.fdatasync(file)
+                self._synced = body
             if durable:
                 self.sync_directories(["/".join(parts)])
             return _slots.token(body)
@@ -99,25 +104,36 @@ class ControlArea:
 
     def put_segment(self, key: str, body: bytes) -> bool:
         *parts, name = key.split("/")
-        temporary = f"{name}.{os.getpid()}-{next(self._numbers)}.tmp"
         with self.opened(*parts, create=True) as fd:
             if exists(fd, name):
                 return False
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            try:
-                with open(os.open(temporary, flags, 0o600, dir_fd=fd), "wb") as writer:
+            with self._temporary(fd, name) as (temporary, file):
+                with open(file, "wb", closefd=False) as writer:
                     writer.write(body)
                 error = _posix.rename_new(fd, temporary, fd, name)
-            except BaseException:
-                unlink(fd, temporary)
-                raise
-            if error:
-                unlink(fd, temporary)
-                if error != errno.EEXIST:
-                    raise OSError(error, os.strerror(error), key)
-                return False
-            self._unsynced.append(key)
-        return True
+            if error not in (0, errno.EEXIST):
+                raise OSError(error, os.strerror(error), key)
+            if error == 0:
+                self._unsynced.append(key)
+            return error == 0
+
+    @contextmanager
+    def _temporary(self, fd: int, name: str) -> Iterator[tuple[str, int]]:
+        """A new file under a name of its own, locked so that no `sweep` takes it for a dead process's."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            temporary = f"{name}.{secrets.token_hex(4)}.tmp"
+            file = os.open(temporary, flags, 0o600, dir_fd=fd)
+            lock = CountedLock.take(file)
+            if lock is not None and os.fstat(file).st_nlink:
+                break
+            if lock is not None:
+                lock.release()  # swept between its creation and the lock
+        try:
+            yield temporary, file
+        finally:
+            unlink(fd, temporary)
+            lock.release()
 
     def _sync_segments(self) -> None:
         """Make durable what was put since the last time.
@@ -125,12 +141,21 @@ class ControlArea:
         A sync that failed once tells nothing when it is repeated: the system may have dropped the pages. After one nothing
         may be decided any more that rests on them.
         """
-        with self._syncing, ExitStack() as stack:
+        with self._syncing:
             if self._broken:
                 raise StorageError("An earlier sync of this store failed; nothing more is decided. Open it anew.")
             count = len(self._unsynced)
+            self._broken = True
+            for at in range(0, count, _SLICE):
+                self._sync_some(self._unsynced[at : min(at + _SLICE, count)])
+            self.sync_directories({key.rpartition("/")[0] for key in self._unsynced[:count]})
+            self._broken = False
+            del self._unsynced[:count]
+
+    def _sync_some(self, keys: Sequence[str]) -> None:
+        with ExitStack() as stack:
             files: list[int] = []
-            for key in self._unsynced[:count]:
+            for key in keys:
                 *parts, name = key.split("/")
                 try:
                     with self.opened(*parts) as fd:
@@ -138,14 +163,10 @@ class ControlArea:
                     stack.callback(os.close, files[-1])
                 except FileNotFoundError:
                     continue  # deleted meanwhile
-            self._broken = True
             for file in files:
                 _posix.start_writing(file)
             for file in files:
                 os.fsync(file)
-            self.sync_directories({key.rpartition("/")[0] for key in self._unsynced[:count]})
-            self._broken = False
-            del self._unsynced[:count]
 
     def sync_directories(self, keys: Iterable[str]) -> None:
         """Sync these directories of the area and all above them."""
@@ -205,22 +226,25 @@ class ControlArea:
                 if error.errno != errno.ENOTEMPTY:
                     raise
 
-    def sweep(self, older_than: float) -> None:
-        """Delete what a process left that died within a single call here."""
+    def sweep(self) -> None:
+        """Delete what a process left that died within a single call here; its lock tells that it did."""
         for parts in ((), ("log",), ("outcome",)):
             try:
                 with self.opened(*parts) as fd:
                     for name in os.listdir(fd):
-                        if not name.endswith(".tmp") and not name.startswith("probe-"):
-                            continue
-                        if self.now() - os.stat(name, dir_fd=fd, follow_symlinks=False).st_mtime < older_than:
-                            continue
                         if name.endswith(".tmp"):
-                            unlink(fd, name)
-                        else:
-                            remove_tree(fd, name)
+                            self._sweep_one(fd, name)
             except FileNotFoundError:
                 continue
+
+    def _sweep_one(self, fd: int, name: str) -> None:
+        try:
+            lock = CountedLock.take(os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+        except OSError:
+            return  # gone, or nothing that we made
+        if lock is not None:
+            unlink(fd, name)
+            lock.release()
 
     # --------------------------------------------------------------------------------------------------- clock and locks
 
@@ -245,7 +269,10 @@ class ControlArea:
     def lock(self, key: str) -> CountedLock | None:
         *parts, name = key.split("/")
         with self.opened(*parts, create=True) as fd:
-            file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            try:
+                file = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            except FileNotFoundError:
+                return None  # its directory was deleted by whoever had it
             lock = CountedLock.take(file)
             # Whoever had it may have deleted the file meanwhile: then this locks nothing.
             if lock is not None and os.fstat(file).st_nlink == 0:

@@ -26,6 +26,7 @@ __all__ = [
     "exchange",
     "file_identity",
     "is_overlay",
+    "mount_of",
     "open_below",
     "opened",
     "rename_new",
@@ -37,7 +38,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """How a directory is opened: itself, never through a link."""
 
 _NOREPLACE, _EXCHANGE = 1, 2
-_AT_EMPTY_PATH, _STATX_INO, _STATX_BTIME = 0x1000, 0x100, 0x800
+_AT_EMPTY_PATH, _STATX_INO, _STATX_BTIME, _STATX_MNT_ID = 0x1000, 0x100, 0x800, 0x1000
 _OVERLAYFS_SUPER_MAGIC = 0x794C7630  # linux/magic.h
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -96,7 +97,9 @@ class _Statx(ctypes.Structure):
         ("_before_btime", ctypes.c_uint8 * 40),
         ("btime_sec", ctypes.c_int64),
         ("btime_nsec", ctypes.c_uint32),
-        ("_rest", ctypes.c_uint8 * 164),
+        ("_before_mount", ctypes.c_uint8 * 52),
+        ("mount", ctypes.c_uint64),
+        ("_rest", ctypes.c_uint8 * 104),
     ]
 
 
@@ -111,6 +114,13 @@ def birth_identity(fd: int) -> str | None:
     if not found.mask & _STATX_BTIME:
         return None
     return f"{found.ino:x}-{found.btime_sec:x}.{found.btime_nsec:x}"
+
+
+def mount_of(fd: int) -> tuple[int, int]:
+    """What two directories share between which a rename works: the device, and the mount where the kernel tells it (5.8)."""
+    found = _Statx()
+    known = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID, ctypes.byref(found)) == 0
+    return os.fstat(fd).st_dev, found.mount if known and found.mask & _STATX_MNT_ID else 0
 
 
 def is_overlay(fd: int) -> bool:
@@ -274,6 +284,7 @@ class CountedLock:
 def _drop_in_child() -> None:
     for lock in list(_locks):
         # The mutex may have been held by a thread that does not exist in the child: it is not asked for.
+        lock._closed = True
         lock._close(in_child=True)
 
 

@@ -2,7 +2,7 @@
 
     <parent>/_staged/<name>/          the control area, 0700, on the target's file system
         head  ledger-…  outcome/…  log/…  tx/<id>/record
-        lock  cas                     held over a commit; held over one swap of a record
+        lock                          held over a commit
         tx/<id>/lease                 held by the transaction's process: its death drops it
         tx/<id>/tree/                 the staged set, as it will be: a full_drop exchanges it with the target
         tx/<id>/part/  scratch-…/     files being written
@@ -108,9 +108,10 @@ class LocalDriver(Driver):
         durability: Literal["full", "none"] = "full" if self._durable else "none"
         return LocalDriver(os.path.join(self.url, path), durability=durability, staging=self._staging)
 
-    async def _run(self, work: Callable[[], T], *locks: str) -> T:
-        """Run work in a thread, under the locks of these names as far as this process holds them now."""
-        held = [lock for name in locks if (lock := self._held.get(name)) is not None]
+    async def _run(self, work: Callable[[], T], *locks: str | CountedLock | None) -> T:
+        """Run work in a thread, under these locks, or those of these names as far as this process holds them now."""
+        found = (self._held.get(lock) if isinstance(lock, str) else lock for lock in locks)
+        held = [lock for lock in found if lock is not None]
 
         def run() -> T:
             with ExitStack() as stack:
@@ -119,9 +120,15 @@ class LocalDriver(Driver):
                 try:
                     return work()
                 except OSError as error:
-                    raise _mapped(error) from error
+                    raise self._mapped(error) from error
 
         return await to_thread.run_sync(run, abandon_on_cancel=True)
+
+    def _mapped(self, error: OSError) -> StagedError:
+        """An error of the operating system, mapped once; what was applied is not known."""
+        passing = error.errno in (errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE)
+        at = f" at {error.filename!r}" if error.filename else ""
+        return StorageError(f"{self.url}: {error.strerror or error}{at}.", retryable=passing)
 
     # ------------------------------------------------------------------------------------------------------ where it is
 
@@ -136,10 +143,13 @@ class LocalDriver(Driver):
         """Look, and make nothing."""
         target = os.path.realpath(self.url)
         above, name = os.path.split(target)
+        if not name:
+            raise Unsupported("The root directory cannot be a target.")
         if RESERVED in target.split("/"):
             raise Unsupported(f"{self.url!r} lies in a control area.")
-        if os.path.lexists(target) and not os.path.isdir(target):
-            raise Unsupported(f"{self.url!r} is a file; a target is a directory.")
+        for path in (target, above):
+            if os.path.lexists(path) and not os.path.isdir(path):
+                raise Unsupported(f"{self.url!r} cannot be a target: {path!r} is a file, not a directory.")
         root, parts = self._choose(target, above, name)
         return _Site(above, name, ControlArea(root, parts, durable=self._durable))
 
@@ -151,22 +161,35 @@ class LocalDriver(Driver):
             return self._staging, (RESERVED, f"{name}-{hashlib.sha256(target.encode()).hexdigest()[:16]}")
         beside, inside = (RESERVED, name), (RESERVED, RESERVED)
         # One that is there is the only one, even for a user whom it shuts out: two heads would serialise nothing.
-        if os.path.lexists(os.path.join(above, *beside)):
-            return above, beside
-        mounted = os.path.ismount(target)
+        is_beside = os.path.lexists(os.path.join(above, *beside))
+        is_inside = os.path.lexists(os.path.join(target, *inside))
+        if _is_mounted(target, above):
+            return target, inside
+        if is_beside and is_inside:
+            raise Unsupported(
+                f"{self.url!r} has two control areas, {os.path.join(above, *beside)!r} and {os.path.join(target, *inside)!r}, "
+                "as when it is a mount point for some writers and a directory for others. Let all see it alike, and remove "
+                "the one whose transactions are all ended (see `staged status`) while nobody writes."
+            )
         closed = os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK)
-        if mounted or closed or os.path.lexists(os.path.join(target, *inside)):
+        if is_inside or (closed and not is_beside):
             return target, inside
         return above, beside
 
     def _probe(self) -> Capabilities:
         """Make the control area, and try there what the file system can do."""
+        with self._finding:
+            self._found = self._find()  # anew: the area may have been made elsewhere since somebody only looked
         site = self._site
         root = site.area.root
         os.makedirs(site.above, exist_ok=True)
         os.makedirs(root, exist_ok=True)
-        if os.stat(root).st_dev != os.stat(site.above).st_dev and not site.inside:
-            raise Unsupported(f"staging={self._staging!r} is on another file system than {self.url!r}.")
+        mounted = _is_mounted(os.path.join(site.above, site.name), site.above)
+        home = os.path.join(site.above, site.name) if mounted else site.above
+        if _is_mounted(root, home):
+            raise Unsupported(
+                f"staging={self._staging!r} is on another file system, or another mount, than {self.url!r}."
+            )
         try:
             with site.area.opened(create=True) as fd:
                 os.fchmod(fd, 0o700)
@@ -180,7 +203,7 @@ class LocalDriver(Driver):
                 self._sync(fd)
         always: list[Guarantee] = ["serialised", "fenced", "no_gap"]
         guarantees = dict.fromkeys(Mode, frozenset(always))
-        if swaps := swaps and not site.inside:
+        if swaps := swaps and not site.inside and not mounted:
             guarantees[Mode.FULL_DROP] = frozenset([*always, "one_generation"])
         self._folds = folds
         return Capabilities(fence="lock", swaps_trees=swaps, folds=folds, guarantees=guarantees)
@@ -188,18 +211,16 @@ class LocalDriver(Driver):
     def _try(self, control: int) -> tuple[bool, bool]:
         """Whether trees can be exchanged and recognised, and whether names are folded."""
         swaps = not _posix.is_overlay(control) and _posix.birth_identity(control) is not None
-        scratch = f"probe-{os.getpid()}-{threading.get_ident()}"
-        with opened(control, scratch, create=True) as fd:
+        with opened(control, "probe", create=True) as fd:
+            # Whoever else tries the same has the same result: what is there already is as good.
             for directory in ("a", "B"):
-                os.mkdir(directory, dir_fd=fd)
+                with suppress(FileExistsError):
+                    os.mkdir(directory, dir_fd=fd)
             try:
                 _posix.exchange(fd, "a", fd, "B")
             except OSError:
                 swaps = False
-            folds = exists(fd, "b")
-            _posix.clear_directory(fd)
-        os.rmdir(scratch, dir_fd=control)
-        return swaps, folds
+            return swaps, exists(fd, "b")
 
     @contextmanager
     def _target(self, *parts: str) -> Iterator[int]:
@@ -332,14 +353,21 @@ class LocalDriver(Driver):
     def _check_writable(self, directories: Collection[str]) -> None:
         """Refuse before the decision what the target's directories would refuse after it."""
         site = self._site
+        with site.area.opened() as fd:
+            mount = _posix.mount_of(fd)
         for parts in ((), (site.name,), *((site.name, *path.split("/")) for path in directories)):
             try:
                 with opened(site.above, *parts) as fd:
                     writable = os.access(".", os.W_OK | os.X_OK, dir_fd=fd)
+                    movable = len(parts) < 2 or _posix.mount_of(fd) == mount
             except OSError:
                 continue  # not there, or in the way: the plan sees to that
             if not writable and (parts or not site.inside):
                 raise StagingError(f"{'/'.join((site.above, *parts))!r} cannot be written.")
+            if not movable:
+                raise StagingError(
+                    f"{'/'.join((site.above, *parts))!r} is a mount of its own; files cannot move into it."
+                )
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         await self._run(lambda: self._discard(tx, handles, whole), *([] if whole else [_lease(tx)]))
@@ -474,6 +502,7 @@ class LocalDriver(Driver):
                 touched.add(directory)
             except (FileNotFoundError, NotADirectoryError):
                 answers.update((entry.path, Answer.ALREADY) for entry in group)
+                touched.add(directory)  # who pruned it may have died before the directory above was synced
         try:
             with self._target() as target:
                 for directory in sorted(touched - {""}, key=lambda path: -path.count("/")):
@@ -522,12 +551,8 @@ class LocalDriver(Driver):
             new = identity(fd)
         try:
             with self._target() as fd:
-                nested = nested_control(fd, "")
-                if nested is not None:
-                    raise Conflict(
-                        f"The target holds {nested!r}, the control area of another target, which a full_drop would carry away.",
-                        retryable=False,
-                    )
+                if (nested := nested_control(fd, "")) is not None:
+                    raise Conflict.covering(nested)
                 return Trees(new, identity(fd))
         except FileNotFoundError:
             return Trees(new, None)
@@ -540,7 +565,9 @@ class LocalDriver(Driver):
         with opened(site.above) as above, self._site.area.opened("tx", tx, create=True) as fd:
             target, staged = identity_at(above, site.name), identity_at(fd, "tree")
             if target == trees.new:
+                self._sync(above)
                 self._put_aside(fd, staged, trees, old)
+                self._sync(fd)
                 return Answer.ALREADY
             if staged != trees.new:
                 return Answer.LOST
@@ -552,8 +579,16 @@ class LocalDriver(Driver):
             elif target != trees.target:
                 return Answer.FOREIGN
             else:
-                # The head's lock is held over the look above and this: a second exchange would undo the first.
-                _posix.exchange(fd, "tree", above, site.name)
+                with self._target() as now:
+                    if nested_control(now, "") is not None:
+                        return Answer.FOREIGN  # another target was begun below since the plan was made
+                try:
+                    # The head's lock is held over the look above and this: a second exchange would undo the first.
+                    _posix.exchange(fd, "tree", above, site.name)
+                except OSError as error:
+                    if error.errno in (errno.EXDEV, errno.EBUSY):
+                        return Answer.FOREIGN  # something is mounted there
+                    raise
             self._sync(above)
             self._sync(fd)
             self._put_aside(fd, trees.target if target is not None else None, trees, old)
@@ -572,7 +607,7 @@ class LocalDriver(Driver):
     def _trim(self, keep: int, older_than: float) -> int:
         removed = 0
         if keep == 0:
-            self._site.area.sweep(older_than)
+            self._site.area.sweep()
         try:
             with self._site.area.opened("old") as fd:
                 names = sorted(filter(_OLD.fullmatch, os.listdir(fd)))
@@ -598,6 +633,8 @@ class _Writer:
 
     def __init__(self, driver: LocalDriver, tx: str, path: str, number: str) -> None:
         self._driver, self._tx, self._path, self._number = driver, tx, path, number
+        # The lease as it is now: once it is released nothing of this writer lands any more.
+        self._lease = driver._held.get(_lease(tx))
         self._buffer = bytearray()
         self._file = -1
         self._busy = threading.Lock()
@@ -608,7 +645,7 @@ class _Writer:
             self._buffer += data
             return
         buffered, self._buffer = self._buffer, bytearray()
-        await self._driver._run(lambda: self._flush(buffered, data), _lease(self._tx))
+        await self._driver._run(lambda: self._flush(buffered, data), self._lease)
 
     def _flush(self, *chunks: bytes | bytearray | memoryview) -> None:
         with self._busy:
@@ -623,7 +660,7 @@ class _Writer:
 
     async def close(self) -> Entry:
         try:
-            return await self._driver._run(self._finish, _lease(self._tx))
+            return await self._driver._run(self._finish, self._lease)
         except BaseException:
             self._given_up = True  # the thread may not have come that far
             raise
@@ -676,6 +713,7 @@ class _Held:
 
 def _absolute(path: str) -> str:
     """Made absolute when the store is opened; links are resolved on first use, in a thread."""
+    path = os.path.expanduser(path)
     return path.rstrip("/") or "/" if path.startswith("/") else os.path.join(os.getcwd(), path.rstrip("/"))
 
 
@@ -683,7 +721,10 @@ def _lease(tx: str) -> str:
     return f"tx/{tx}/lease"
 
 
-def _mapped(error: OSError) -> StagedError:
-    """An error of the operating system, mapped once; what was applied is not known."""
-    passing = error.errno in (errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE)
-    return StorageError(f"{error.strerror or error}: {error.filename!r}.", retryable=passing)
+def _is_mounted(path: str, above: str) -> bool:
+    """Whether two directories that exist lie on different mounts, so that nothing can be renamed from one to the other."""
+    try:
+        with opened(path) as fd, opened(above) as other:
+            return _posix.mount_of(fd) != _posix.mount_of(other)
+    except OSError:
+        return False

@@ -275,7 +275,7 @@ class MemoryDriver(Driver):
     async def trees(self, tx: str) -> Trees:
         nested = next((key for key in self._storage.records if key.startswith(f"{self._path}/")), None)
         if nested is not None:
-            raise Conflict(f"The target holds {nested!r}, the control area of another target.", retryable=False)
+            raise Conflict.covering(nested)
         return Trees(f"tree-{tx}", self._tree())
 
     async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
