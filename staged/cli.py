@@ -21,7 +21,7 @@ import msgspec
 from anyio import to_thread
 
 from staged import paths
-from staged.errors import Busy, InvalidInput, StagedError
+from staged.errors import Busy, CommitIncomplete, InvalidInput, StagedError
 from staged.lifecycle import Transaction
 from staged.model import Decided, Event, Mode, Outcome, Prepared, Receipt, Recovered, Resolve, Staged, Status
 from staged.observers import Observer
@@ -45,7 +45,7 @@ Exit codes:
   1    an error; the target is untouched
   2    wrong usage
   3    the outcome is unknown: ask `staged outcome`, or `staged recover`
-  4    committed, but not complete, or blocked: `staged recover`
+  4    committed, but not complete, or blocked, by this or an earlier command: `staged recover`
   5    busy: another process holds it; try again
   130  Ctrl-C; rolled back
 
@@ -53,6 +53,15 @@ Exit codes:
 Errors are one message on stderr. With --json they are one JSON object there:
   {"error": …, "message": …, "outcome": …, "transaction": …}
 """
+
+# What the library says to those who call it, as those say who use the command.
+_IN_SHELL_WORDS = {
+    'recover(resolve="keep")': "staged recover --resolve keep",
+    'recover(resolve="replace")': "staged recover --resolve replace",
+    "recover()": "staged recover",
+    "allow_empty=True": "--allow-empty",
+    "partitions=": "--partition ",
+}
 
 # Files of one `put` that are staged at once: enough to hide latency, few enough to bound memory and open files.
 _TASKS = 8
@@ -307,10 +316,14 @@ def status_table(status: Status) -> Table:
         {
             "head": status.head.value,
             "epoch": f"{status.epoch:,}",
-            "committing": status.committing,
+            "committing": None
+            if status.committing is None
+            else f"{status.committing}, to be completed by `staged recover`",
             "commits": f"{status.commits:,}",
             "last commit": None if last is None else last.transaction + (f", key {last.key}" if last.key else ""),
             "not ended": f"{len(status.transactions):,}",
+            "damaged": ", ".join(status.damaged) or None,
+            "": "nobody has written here" if status.epoch == 0 and not status.transactions else None,
         }
     )
     if not status.transactions:
@@ -347,6 +360,7 @@ def _outcome_table(outcome: Outcome) -> Table:
             "files": f"{receipt.files:,}",
             "rows": None if receipt.rows is None else f"{receipt.rows:,}",
             "bytes": f"{receipt.bytes:,}",
+            "left in place": f"{receipt.left:,}" if receipt.left else None,
         }
     return _facts(facts)
 
@@ -359,6 +373,7 @@ def _recovered_table(recovered: Recovered, target: str | None = None) -> Table:
             "rolled back": ", ".join(recovered.rolled_back) or "none",
             "prepared": ", ".join(recovered.prepared) or None,
             "alive": ", ".join(recovered.alive) or None,
+            "damaged": ", ".join(recovered.damaged) or None,
             "collected": f"{recovered.collected:,}" if recovered.collected else None,
         }
     )
@@ -421,6 +436,8 @@ def _run(work: Callable[[], Awaitable[T]], as_json: bool, opened: Sequence[Trans
 def _report(error: StagedError | OSError, as_json: bool) -> int:
     """Say on stderr what went wrong; returns the exit code."""
     message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    for python, shell in _IN_SHELL_WORDS.items():
+        message = message.replace(python, shell)
     if isinstance(error, StagedError):
         _complain(type(error).__name__, message, error.outcome, error.transaction, as_json)
         return _code(error)
@@ -432,6 +449,8 @@ def _report(error: StagedError | OSError, as_json: bool) -> int:
 def _code(error: StagedError) -> int:
     if isinstance(error, Busy):
         return _BUSY
+    if isinstance(error.__cause__, CommitIncomplete):
+        return _INCOMPLETE  # another's, which must be completed first
     return {"untouched": _ERROR, "committed": _INCOMPLETE, "unknown": _UNKNOWN}[error.outcome]
 
 
