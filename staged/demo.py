@@ -264,7 +264,7 @@ class _Show:
         counted = await to_thread.run_sync(lambda: pyarrow.dataset.dataset(self._directory).count_rows())
         self._add(
             "first load",
-            f"{_amount(receipt)}, visible {_ms(receipt)} after the block; pyarrow counts {counted:,}",
+            f"{_amount(receipt)}, commit in {_ms(receipt)}; pyarrow counts {counted:,}",
             _is_whole_load(receipt) and counted == FLIGHTS and self._is_current(seen),
         )
 
@@ -287,11 +287,12 @@ class _Show:
             slowest = max(receipts, key=lambda receipt: receipt.commit_seconds or 0.0)
             self._add(
                 f"{len(receipts)} corrected years, {names}",
-                f"{len({receipt.id for receipt in receipts})} commits, each {_amount(receipts[-1])}; the slowest was "
-                f"visible {_ms(slowest)} after its block",
+                f"{len({receipt.id for receipt in receipts})} commits, each {_amount(receipts[-1])}; the slowest commit took "
+                f"{_ms(slowest)}",
                 all(map(_is_whole_load, receipts)) and self._is_current(await self._seen()),
             )
-            self._add("a plain reader meanwhile", f"{plain}{promise}", plain.wrong == 0 or not swaps)
+            expected = "; whole is promised to the pinned one only" if plain.mixed or plain.missing else ""
+            self._add("a plain reader meanwhile", f"{plain}{expected}{promise}", plain.wrong == 0 or not swaps)
             self._add(
                 "a pinned reader meanwhile",
                 f"{steady}; it saw {len(steady.revisions.intersection(loads))} of {len(loads)} loads{promise}",
