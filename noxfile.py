@@ -30,3 +30,10 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session
+def map(session: nox.Session) -> None:
+    """Explore, and draw what came of it: tests/map.png."""
+    install(session, "pictures")
+    session.run("python", "tests/map.py", "tests/map.png")

@@ -28,6 +28,7 @@ from staged.store import Store, open_store
 from staged.testing.faults import Crash, FaultDriver, Gate, Moment
 from staged.testing.faults import Plan as FaultPlan
 from staged.testing.harness import Files, Harness, Step
+from staged.testing.steps import StepName, step_after
 
 __all__ = [
     "FAULT_MOMENTS",
@@ -107,13 +108,20 @@ class Report:
     histories: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    cells: dict[tuple[str, str], Counter[str]] = field(default_factory=dict)
+    """By fault and by the step that it befell: how the histories ended of works that change the target."""
 
     def __str__(self) -> str:
         seen = ", ".join(f"{name}: {count:,}" for name, count in sorted(self.outcomes.items()))
         return f"{self.histories:,} histories ({seen}), {len(self.failures)} failures"
 
     def __add__(self, other: Report) -> Report:
-        return Report(self.histories + other.histories, self.outcomes + other.outcomes, self.failures + other.failures)
+        cells = {
+            cell: self.cells.get(cell, Counter()) + other.cells.get(cell, Counter())
+            for cell in self.cells | other.cells
+        }
+        outcomes = self.outcomes + other.outcomes
+        return Report(self.histories + other.histories, outcomes, self.failures + other.failures, cells)
 
 
 def works(files: Sequence[int] = (1, 2, 5)) -> Iterator[Work]:
@@ -145,14 +153,18 @@ class At:
         self.counts: Counter[str] = Counter()
         self.dead = False
         self.struck: str | None = None
+        self.step: StepName = "begin"
+        self.struck_at: StepName = "begin"
 
     async def __call__(self, name: str, moment: Moment) -> None:
         if self.dead:
             raise Crash
+        if moment == "before":
+            self.step = step_after(self.step, name)
         self.counts[moment] += 1
         if self.fault is None or moment != FAULT_MOMENTS[self.fault] or self.counts[moment] != self.number + 1:
             return
-        self.struck = name
+        self.struck, self.struck_at = name, self.step
         if self.fault in ("answer lost", "fails"):
             raise StorageError(f"{self.fault} at {name}", retryable=True)
         self.dead = True
@@ -334,7 +346,12 @@ async def _judge(
     await world.end(process)
     if left := await world.leftovers():
         wrong.append(f"after gc there is left: {left}")
-    result = "finished" if seen == new and said == "crash" else "new" if seen == new else "old"
+    if wrong:
+        result = "wrong"
+    elif seen == new != prior:
+        result = "new" if said == "committed" else "finished by recover"
+    else:
+        result = "refused" if said in ("untouched", "rolled_back") else "old"
     return result, wrong
 
 
@@ -360,8 +377,11 @@ async def crashes(
                 continue
             for number in range(count.counts[FAULT_MOMENTS[fault]]):
                 if not twice:
-                    result, wrong = await history(kind, work, PRIORS[prior], At(fault, number), None)
+                    gate = At(fault, number)
+                    result, wrong = await history(kind, work, PRIORS[prior], gate, None)
                     _note(report, f"{kind.name}: {work} on {prior}, {fault} {number}", result, wrong)
+                    if work.apply(PRIORS[prior]) not in (None, PRIORS[prior]):
+                        report.cells.setdefault((fault, gate.struck_at), Counter())[result] += 1
                     continue
                 for second in seconds:
                     for at in itertools.count():
