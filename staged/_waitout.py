@@ -34,24 +34,31 @@ async def _asyncio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Ca
         return await work()
 
     task = asyncio.create_task(run())
+    cancelled: asyncio.CancelledError | None = None
     try:
         await asyncio.wait([task])
-    except asyncio.CancelledError as cancelled:
-        on_cancel()
-        deadline: float | None = anyio.current_time() + grace
-        with anyio.CancelScope(shield=True):
-            while not task.done():
-                left = None if deadline is None else deadline - anyio.current_time()
-                if left is not None and left <= 0:
-                    task.cancel()
-                    deadline = left = None
-                try:
-                    await asyncio.wait([task], timeout=left)
-                except asyncio.CancelledError:
-                    continue
-        _note(cancelled, None if task.cancelled() else task.exception())
-        raise
-    return task.result()
+    except asyncio.CancelledError as error:
+        cancelled = error
+    if cancelled is None:
+        return task.result()
+    on_cancel()
+    deadline: float | None = anyio.current_time() + grace
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            left = None if deadline is None else deadline - anyio.current_time()
+            if left is not None and left <= 0:
+                task.cancel()
+                deadline = left = None
+            try:
+                await asyncio.wait([task], timeout=left)
+            except asyncio.CancelledError as error:
+                # The shield holds off anyio's cancellations: this one is native, and no scope of anyio's may take it.
+                cancelled = error
+    _note(cancelled, None if task.cancelled() else task.exception())
+    try:
+        raise cancelled
+    finally:
+        del cancelled  # it holds this frame
 
 
 async def _trio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Callable[[], None]) -> T:

@@ -92,7 +92,7 @@ class Transaction(Staging):
     """
 
     def __init__(self, target: Target, options: Options, record: TxRecord, token: str, lease: Lock | None) -> None:
-        super().__init__(target, record.id)
+        super().__init__(target, record.id, options.grace)
         self.done = False
         self.skipped = False
         self._options = options
@@ -306,11 +306,31 @@ class Transaction(Staging):
 
     async def abandon(self) -> None:
         """Let go of it since its store closes: what is prepared can be resumed, what is not is rolled back."""
-        if self._phase is Phase.PREPARED:
-            await self.release()
-        elif self._phase is Phase.STAGING:
-            self._abandoned = True
+        try:
+            if self._phase is Phase.PREPARED:
+                await self.release()
+            elif self._phase is Phase.STAGING:
+                self._abandoned = True
+                await self.rollback()
+        finally:
+            self._give_up()
+
+    async def _leave(self, error: BaseException) -> None:
+        """Roll back what has not ended, because of an error, which stays the one that is raised."""
+        if self._phase in ENDED:
+            return
+        try:
             await self.rollback()
+        except StagedError as failed:
+            error.add_note(f"staged: rolling back transaction {self.id} failed: {failed}")
+        finally:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Let go where the grace was over before the end began; `recover` rolls back what nobody holds."""
+        if self._phase not in ENDED and not self._ending.locked():
+            self._phase = Phase.IN_DOUBT
+            self._let_go()
 
     def _check_staging(self) -> None:
         if self._phase is not Phase.STAGING or self._validating:
@@ -545,19 +565,9 @@ class Block:
             try:
                 await transaction.commit()
             except BaseException as refused:
-                await self._leave(transaction, refused)
+                await transaction._leave(refused)
                 if transaction.phase is Phase.COMMITTED:
                     refused.add_note(f"staged: transaction {transaction.id} is committed all the same.")
                 raise
         else:
-            await self._leave(transaction, error)
-
-    @staticmethod
-    async def _leave(transaction: Transaction, error: BaseException) -> None:
-        """Roll back what has not ended; the error that ended the block stays the one that is raised."""
-        if transaction.phase in ENDED:
-            return
-        try:
-            await transaction.rollback()
-        except StagedError as failed:
-            error.add_note(f"staged: rolling back transaction {transaction.id} failed: {failed}")
+            await transaction._leave(error)

@@ -6,19 +6,22 @@ staged before stays. A write into a transaction that is done or skipped is check
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
 
 from staged import paths
+from staged._waitout import run_to_end
 from staged.control import Target
 from staged.driver import Writer
 from staged.errors import InvalidInput, InvalidPath, StagedError, StagingError, StorageError, WrongState
@@ -31,6 +34,8 @@ __all__ = ["AsyncReadable", "Buffer", "StagedFile", "Staging"]
 Buffer = bytes | bytearray | memoryview
 _CHUNK = 1 << 20
 
+T = TypeVar("T")
+
 
 class AsyncReadable(Protocol):
     """An open asynchronous file, such as anyio's or aiofiles'."""
@@ -39,13 +44,17 @@ class AsyncReadable(Protocol):
 
 
 class StagedFile:
-    """One staged file being written; a clean exit of its block stages it, an exception leaves nothing of it."""
+    """One staged file being written; a clean exit of its block stages it, an exception leaves nothing of it.
+
+    A write that fails or is cancelled may have added any part of its bytes: the file then takes no more, and is not staged.
+    """
 
     def __init__(self, staging: Staging, path: str, overwrite: bool) -> None:
         self._staging = staging
         self._path = path
         self._overwrite = overwrite
         self._writer: Writer | None = None
+        self._broken = False
 
     async def write(self, data: Buffer) -> int:
         """Add bytes; returns how many.
@@ -56,11 +65,23 @@ class StagedFile:
         if self._writer is None:
             raise WrongState(f"{self._path!r} is not open.")
         self._staging._check_staging()
+        self._check_whole()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise InvalidInput(f"{self._path!r} takes bytes, not {type(data).__name__}.")
-        with self._staging._errors(self._path):
-            await self._writer.write(data)
+        try:
+            with self._staging._errors(self._path):
+                await self._writer.write(data)
+        except BaseException:
+            self._broken = True
+            raise
         return memoryview(data).nbytes
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise StagingError(
+                f"A write to {self._path!r} failed or was cancelled; nothing of the file is staged.",
+                transaction=self._staging.id,
+            )
 
     async def __aenter__(self) -> StagedFile:
         self._staging._open(self._path, self._overwrite)
@@ -78,17 +99,16 @@ class StagedFile:
         writer, self._writer = self._writer, None
         assert writer is not None
         try:
-            if error is None:
-                try:
-                    self._staging._check_staging()
-                    with self._staging._errors(self._path):
-                        entry = await writer.close()
-                except BaseException:
-                    await _abort(writer)
-                    raise
-                await self._staging._add(entry)
-            else:
-                await _abort(writer)
+            if error is not None:
+                await self._staging._abort(writer)
+                return
+            try:
+                self._staging._check_staging()
+                self._check_whole()
+            except BaseException:
+                await self._staging._abort(writer)
+                raise
+            await self._staging._finish(self._path, writer)
         finally:
             self._staging._close(self._path)
 
@@ -100,9 +120,10 @@ class Staging:
         id: The transaction's id, a string of hexadecimal digits.
     """
 
-    def __init__(self, target: Target, tx: str) -> None:
+    def __init__(self, target: Target, tx: str, grace: float) -> None:
         self.id = tx
         self._target = target
+        self._grace = grace
         self._entries: dict[str, Entry] = {}  # by folded path, so that twins are seen
         self._writing: set[str] = set()
         self._scratches = 0
@@ -140,8 +161,8 @@ class Staging:
     ) -> None:
         """Stage what an asynchronous iterable of bytes yields, or what an open asynchronous file (anyio's, aiofiles')
         still has to read. Raises as `write` does, and whatever the source raises."""
-        async with self.open(path, overwrite=overwrite) as file:
-            async for chunk in _chunks(chunks):
+        async with self.open(path, overwrite=overwrite) as file, aclosing(_chunks(chunks)) as parts:
+            async for chunk in parts:
                 await file.write(chunk)
 
     def open(self, path: str, *, overwrite: bool = False) -> StagedFile:
@@ -163,10 +184,10 @@ class Staging:
         try:
             async with self._scratch(parsed) as (root, moves):
                 local = os.path.join(root, *parsed.split("/"))
-                await to_thread.run_sync(lambda: os.makedirs(os.path.dirname(local), exist_ok=True))
+                await _in_thread(lambda: os.makedirs(os.path.dirname(local), exist_ok=True))
                 yield local
-                if not await to_thread.run_sync(os.path.isfile, local):
-                    made = await to_thread.run_sync(os.path.isdir, local)
+                if not await _in_thread(lambda: os.path.isfile(local)):
+                    made = await _in_thread(lambda: os.path.isdir(local))
                     what = "A directory was written; use tx.dir for that" if made else "No file was written"
                     raise StagingError(f"{what}: {parsed!r}.", transaction=self.id)
                 await self._adopt(root, moves, [parsed])
@@ -182,10 +203,10 @@ class Staging:
         """
         async with self._scratch(prefix) as (root, moves):
             local = os.path.join(root, *paths.parse_prefix(prefix).split("/")) if prefix else root
-            await to_thread.run_sync(lambda: os.makedirs(local, exist_ok=True))
+            await _in_thread(lambda: os.makedirs(local, exist_ok=True))
             yield local
             with self._errors(prefix):
-                found = [paths.parse(path) for path in await to_thread.run_sync(_walk, root)]
+                found = [paths.parse(path) for path in await _in_thread(lambda: _walk(root))]
             opened: list[str] = []
             try:
                 for path in found:
@@ -236,6 +257,36 @@ class Staging:
     async def _stage(self, path: str) -> Writer:
         return _Nowhere(path) if self._nowhere else await self._target.driver.stage(self.id, path, self._log)
 
+    async def _finish(self, path: str, writer: Writer) -> None:
+        """Stage what was written; a failure leaves nothing of it."""
+        closed = False
+
+        async def finish() -> None:
+            nonlocal closed
+            with self._errors(path):
+                entry = await writer.close()
+                closed = True
+                await self._add(entry)
+
+        try:
+            # What the same path staged before cannot be brought back once it is replaced.
+            await (self._to_its_end(finish) if paths.fold(path) in self._entries else finish())
+        except BaseException:
+            if not closed:
+                await self._abort(writer)
+            raise
+
+    async def _to_its_end(self, work: Callable[[], Awaitable[None]], grace: float | None = None) -> None:
+        """Take a step that a cancellation must not find half taken; the cancellation is raised after it."""
+        await run_to_end(work, grace=self._grace if grace is None else grace, on_cancel=lambda: None)
+
+    async def _abort(self, writer: Writer) -> None:
+        """Leave nothing of a write that failed; what cannot be removed now goes with the transaction's staging."""
+        try:
+            await self._to_its_end(writer.abort)
+        except StagedError:
+            pass
+
     async def _add(self, entry: Entry) -> None:
         if self._nowhere:
             return
@@ -277,24 +328,53 @@ class Staging:
     async def _scratch_made(self, path: str) -> AsyncIterator[tuple[str, bool]]:
         with self._errors(path):
             own = None if self._nowhere else await self._target.driver.scratch(self.id)
-        root = own if own is not None else await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="staged-"))
+        roots = [] if own is None else [own]
+
+        async def make() -> None:
+            roots.append(await to_thread.run_sync(lambda: tempfile.mkdtemp(prefix="staged-")))
+
+        async def clear() -> None:
+            for root in roots:
+                await _in_thread(functools.partial(shutil.rmtree, root, ignore_errors=True))
+
         try:
-            yield root, own is not None
+            if own is None:
+                await self._to_its_end(make, math.inf)
+            yield roots[0], own is not None
         finally:
-            with anyio.CancelScope(shield=True):
-                await to_thread.run_sync(lambda: shutil.rmtree(root, ignore_errors=True))
+            # What lies in the store goes with the transaction's staging in any case; nobody else removes a temporary one.
+            await self._to_its_end(clear, math.inf if own is None else None)
 
     async def _adopt(self, root: str, moves: bool, found: list[str]) -> None:
         """Stage files of a scratch directory."""
         if self._nowhere or not found:
             return
-        if moves:
+        entries: list[Entry] = [] if moves else await self._upload_all(root, found)
+
+        async def adopt() -> None:
             with self._errors(found[0]):
-                entries = await self._target.driver.adopt(self.id, root, found)
-        else:
-            entries = [await self._upload(path, os.path.join(root, *path.split("/"))) for path in found]
-        for entry in entries:
-            await self._add(replace(entry, rows=self._rows.pop(entry.path, None)))
+                for entry in entries or await self._target.driver.adopt(self.id, root, found):
+                    await self._add(replace(entry, rows=self._rows.pop(entry.path, None)))
+
+        await self._to_its_end(adopt)
+
+    async def _upload_all(self, root: str, found: list[str]) -> list[Entry]:
+        entries: list[Entry] = []
+
+        async def discard() -> None:
+            try:
+                await self._target.driver.discard(self.id, [entry.handle for entry in entries], whole=False)
+            except StagedError:
+                pass  # it goes with the transaction's staging
+
+        try:
+            for path in found:
+                entry = await self._upload(path, os.path.join(root, *path.split("/")))
+                entries.append(entry)
+        except BaseException:
+            await self._to_its_end(discard)
+            raise
+        return entries
 
     async def _upload(self, path: str, local: str) -> Entry:
         with self._errors(path):
@@ -305,7 +385,7 @@ class Staging:
                         await writer.write(data)
                 return await writer.close()
             except BaseException:
-                await _abort(writer)
+                await self._abort(writer)
                 raise
 
     @contextmanager
@@ -337,16 +417,7 @@ class _Nowhere:
         pass
 
 
-async def _abort(writer: Writer) -> None:
-    """Leave nothing of a write that failed; what cannot be removed now goes with the transaction's staging."""
-    with anyio.CancelScope(shield=True):
-        try:
-            await writer.abort()
-        except StagedError:
-            pass
-
-
-async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterator[Buffer]:
+async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncGenerator[Buffer, None]:
     # An open file is asked for blocks: iterating it would split it into lines.
     if (reader := getattr(source, "read", None)) is not None:
         while True:
@@ -358,6 +429,10 @@ async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterato
             if not (data := await read):
                 return
             yield data
+    elif isinstance(source, AsyncGenerator):
+        async with aclosing(source):
+            async for chunk in source:
+                yield chunk
     elif isinstance(source, AsyncIterable):
         async for chunk in source:
             yield chunk
@@ -365,6 +440,11 @@ async def _chunks(source: AsyncIterable[Buffer] | AsyncReadable) -> AsyncIterato
         raise InvalidInput(
             f"{type(source).__name__} is neither an asynchronous iterable nor an open asynchronous file."
         )
+
+
+async def _in_thread(work: Callable[[], T]) -> T:
+    """Work on a real directory, which a store that hangs may keep from ending: whoever is cancelled leaves it to its thread."""
+    return await to_thread.run_sync(work, abandon_on_cancel=True)
 
 
 def _walk(root: str) -> list[str]:

@@ -13,8 +13,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import get_args
 
-import anyio
-
 from staged import paths, states
 from staged._waitout import run_to_end
 from staged.commit import look
@@ -272,13 +270,14 @@ class Store:
         if self._closed:
             return
         self._closed = True
-        failed: StagedError | None = None
-        for transaction in self._open:
+        failed: BaseException | None = None
+        for close in (*(transaction.abandon for transaction in self._open), self._driver.aclose):
             try:
-                await transaction.abandon()
-            except StagedError as error:
-                failed = error
-        await self._driver.aclose()
+                await close()
+            except Exception as error:
+                failed = failed or error
+            except BaseException as error:
+                failed = error  # a cancellation is raised once the others are closed as well
         if failed is not None:
             raise failed
 
@@ -347,10 +346,9 @@ class Store:
 
         try:
             await run_to_end(begin, grace=grace, on_cancel=lambda: None)
-        except BaseException:
+        except BaseException as error:
             for transaction in made:
-                with anyio.CancelScope(shield=True):
-                    await (transaction.release() if transaction.phase is Phase.PREPARED else transaction.rollback())
+                await (transaction.release() if transaction.phase is Phase.PREPARED else transaction._leave(error))
             raise
         self._open = {transaction for transaction in self._open if transaction.phase not in ENDED}
         self._open.add(made[0])

@@ -649,6 +649,8 @@ class _Writer:
 
     def _flush(self, *chunks: bytes | bytearray | memoryview) -> None:
         with self._busy:
+            if self._given_up:
+                raise StorageError(f"The write of {self._path!r} was given up.")
             if self._file < 0:
                 with self._driver._site.area.opened("tx", self._tx, "part", create=True) as fd:
                     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -684,6 +686,7 @@ class _Writer:
 
     def _undo(self) -> None:
         with self._busy:
+            self._given_up = True  # a thread of a caller that was cancelled may come only now
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1

@@ -183,6 +183,8 @@ class MemoryHarness(Harness):
         period: float = 30.0,
     ) -> None:
         self.storage = MemoryStorage()
+        self.fence: Literal["lock", "consumed"] = fence
+        self.swap: Literal["exchange", "renames"] | None = swap
         self._make = functools.partial(
             MemoryDriver, "target", storage=self.storage, fence=fence, swap=swap, folds=folds, period=period
         )

@@ -188,7 +188,20 @@ class FaultDriver(Driver):
         return await self._through(f"age {key}", lambda: self.inner.age(key))
 
     async def lock(self, key: str) -> Lock | None:
-        return await self._through(f"lock {key}", lambda: self.inner.lock(key), sent=False)
+        lock: Lock | None = None
+
+        async def take() -> None:
+            nonlocal lock
+            lock = await self.inner.lock(key)
+
+        try:
+            await self._through(f"lock {key}", take, sent=False)
+        except BaseException:
+            # A call that raises holds nothing: a driver gives back what its caller will not hear of.
+            if lock is not None:
+                lock.release()
+            raise
+        return lock
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> Writer:
         inner = await self._through(f"stage {path}", lambda: self.inner.stage(tx, path, log), sent=False)
