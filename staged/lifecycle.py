@@ -174,7 +174,8 @@ class Transaction(Staging):
                     transaction=tx,
                 )
             record = replace(found[0], owner=owner, nonce=states.new_id())
-            token = await swap(driver, record_key(tx), record, found[1])
+            # After a loss of power no owner lives, and the record as it was prepared is the one to resume.
+            token = await swap(driver, record_key(tx), record, found[1], durable=False)
             if token is None:
                 raise Busy(f"Another process took transaction {tx} first.", transaction=tx)
             options = replace(

@@ -58,8 +58,9 @@ class ControlArea:
         except FileNotFoundError:
             return None
         with open(file, "rb", buffering=0) as reader:
-            body = _slots.current(file)[1] if _is_swapped(key) else reader.readall()
-            if not body and os.fstat(file).st_size:
+            if not _is_swapped(key):
+                body = reader.readall()
+            elif not (body := _slots.current(_slots.read(file))) and _slots.was_durable(file):
                 body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
         return Record(body, _slots.token(body)) if body else None
 
@@ -71,15 +72,17 @@ class ControlArea:
                 file = self._locked(stack, fd, name, create=token is None)
             except FileNotFoundError:
                 return None
-            sequence, found = _slots.current(file)
+            slots = _slots.read(file)
+            found = _slots.current(slots)
             if (_slots.token(found) if found else None) != token:
                 return None
             if durable and self._durable:
                 self._sync_segments()
-            if self._durable and sequence >= _slots.SLOTS and found != self._synced:
-                os.fdatasync(file)  # one that is not overwritten must be on the disk
-            _slots.write(file, body, sequence + 1)
-            if self._durable and durable:
+                # Torn, the write must leave a record: the last durable one, if it is known to be on the disk, or else any.
+                if found and (not (last := _slots.durable(slots)) or last != self._synced):
+                    os.fdatasync(file)
+            _slots.write(file, body, slots, durable=durable)
+            if durable and self._durable:
                 os.fdatasync(file)
                 self._synced = body
             if durable:
@@ -110,6 +113,9 @@ class ControlArea:
             with self._temporary(fd, name) as (temporary, file):
                 with open(file, "wb", closefd=False) as writer:
                     writer.write(body)
+                if self._durable and key.startswith("outcome/"):
+                    # It is looked up with nothing durable to vouch for it: half of one must never have its name.
+                    os.fsync(file)
                 error = _posix.rename_new(fd, temporary, fd, name)
             if error not in (0, errno.EEXIST):
                 raise OSError(error, os.strerror(error), key)

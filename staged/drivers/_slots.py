@@ -1,8 +1,9 @@
-"""A small record that is replaced in place, by turns in one of four slots of a file.
+"""A small record that is replaced in place, in one of four slots of a file.
 
-A slot is a line and a body: `slot <sequence> <length> <sha256>\n`. A write goes to the slot that is the oldest, so that a
-torn one leaves the others; a reader takes the valid slot with the highest sequence. Writing in place needs no commit of the
-file system's journal: on ext4 that is an order of magnitude faster than a new file renamed over the old.
+A slot is a line and a body: `slot <sequence> <length> <sha256>\n`. A reader takes the valid slot with the highest sequence.
+Two slots take by turns what must be durable, and the other two what need not be: whatever a torn write destroys, it is never
+the last one that was durable. Writing in place needs no commit of the file system's journal: on ext4 that is an order of
+magnitude faster than a new file renamed over the old.
 
 Writers exclude each other by a lock of their own; readers need none.
 """
@@ -11,17 +12,20 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 
 from staged.errors import StorageError
 
-__all__ = ["SLOTS", "current", "token", "write"]
+__all__ = ["current", "durable", "read", "token", "was_durable", "write"]
 
-SLOTS = 4
-"""Writes after which the oldest is overwritten: until then a loss of power leaves an earlier one, synced or not."""
 SLOT = 128 * 1024
 """Bytes from one slot to the next; the file is sparse."""
+_DURABLE, _PASSING = (0, 1), (2, 3)
 _LINE = 128
 _MAGIC = b"slot "
+
+Slots = Sequence[tuple[int, bytes]]
+"""The sequence and body of each slot; 0 and empty where it was not written, or cannot be read."""
 
 
 def token(body: bytes) -> str:
@@ -29,22 +33,48 @@ def token(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()
 
 
-def current(file: int) -> tuple[int, bytes]:
-    """How often the record was written, and its body; 0 and empty where it was not, or nothing of it can be read."""
-    return max(_slot(file, number * SLOT) for number in range(SLOTS))
+def read(file: int) -> Slots:
+    """All slots."""
+    return [_slot(file, number * SLOT) for number in (*_DURABLE, *_PASSING)]
 
 
-def write(file: int, body: bytes, sequence: int) -> None:
-    """Write a body as the one of that sequence; not durable before the file is synced."""
-    line = _MAGIC + f"{sequence} {len(body)} {token(body)}\n".encode()
+def current(slots: Slots) -> bytes:
+    """The body that counts; empty where there is none."""
+    return max(slots)[1]
+
+
+def durable(slots: Slots) -> bytes:
+    """The last body that was written to be durable; empty where there is none yet."""
+    return max(slots[number] for number in _DURABLE)[1]
+
+
+def was_durable(file: int) -> bool:
+    """Whether a body was ever written to be durable, be it readable now or not.
+
+    Where none was, and none can be read, a loss of power took the first writes back: there is no record.
+    """
+    return any(any(os.pread(file, _LINE, number * SLOT)) for number in _DURABLE)
+
+
+def write(file: int, body: bytes, slots: Slots, *, durable: bool) -> None:
+    """Write a body as the current one; not durable before the file is synced.
+
+    Args:
+        slots: What was read.
+        durable: It must survive a loss of power. One that is readable without it must be on the disk already: the caller
+            sees to that. The first of all is written as one that need not, since none is.
+    """
+    sequence, found = max(slots)
+    line = _MAGIC + f"{sequence + 1} {len(body)} {token(body)}\n".encode()
     if len(body) > SLOT - _LINE:
         raise StorageError(f"A record of {len(body)} bytes is too large.")
     data = line.ljust(_LINE, b" ") + body
-    if sequence == 1:
+    if not found:
         # Room for what may follow, such as the end of a transaction that filled the disk.
-        for number in range(SLOTS):
+        for number in (*_DURABLE, *_PASSING):
             os.posix_fallocate(file, number * SLOT, len(data) + 1024)
-    if os.pwrite(file, data, sequence % SLOTS * SLOT) != len(data):
+    _, number = min((slots[number][0], number) for number in (_DURABLE if durable and found else _PASSING))
+    if os.pwrite(file, data, number * SLOT) != len(data):
         raise StorageError("A record could not be written whole: the disk may be full.")
 
 

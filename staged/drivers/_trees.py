@@ -89,7 +89,7 @@ def move_new(tree: int, target: int, directories: list[str], touched: set[str]) 
                 break  # gone from the staging, or a file is in the way: entry by entry
             if error == 0:
                 whole.add(path)
-                touched.update(("/".join(up), path))
+                touched.add("/".join(up))  # what is in it was synced when it was sealed
                 moved.add(directory)
             if error != errno.EEXIST:
                 break

@@ -182,8 +182,8 @@ class LocalDriver(Driver):
             self._found = self._find()  # anew: the area may have been made elsewhere since somebody only looked
         site = self._site
         root = site.area.root
-        os.makedirs(site.above, exist_ok=True)
-        os.makedirs(root, exist_ok=True)
+        self._make_directory(site.above)
+        self._make_directory(root)
         mounted = _is_mounted(os.path.join(site.above, site.name), site.above)
         home = os.path.join(site.above, site.name) if mounted else site.above
         if _is_mounted(root, home):
@@ -207,6 +207,16 @@ class LocalDriver(Driver):
             guarantees[Mode.FULL_DROP] = frozenset([*always, "one_generation"])
         self._folds = folds
         return Capabilities(fence="lock", swaps_trees=swaps, folds=folds, guarantees=guarantees)
+
+    def _make_directory(self, path: str) -> None:
+        """Make a directory and those above it, each synced into the one above: what is in it is no safer than its name."""
+        if os.path.isdir(path):
+            return
+        above = os.path.realpath(os.path.dirname(path))
+        self._make_directory(above)
+        os.makedirs(path, exist_ok=True)
+        with opened(above) as fd:
+            self._sync(fd)
 
     def _try(self, control: int) -> tuple[bool, bool]:
         """Whether trees can be exchanged and recognised, and whether names are folded."""
@@ -483,9 +493,9 @@ class LocalDriver(Driver):
                 else:
                     answers.update(publish_into(tree, target, directory, group, replaces))
                     touched.add(directory)
-            self._sync_directories(target, touched)
             with opened(site.above) as fd:
                 self._sync(fd)
+            self._sync_directories(target, touched)
         return [answers[entry.path] for entry in entries]
 
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
@@ -523,14 +533,17 @@ class LocalDriver(Driver):
                 return
 
     def _sync_directories(self, target: int, directories: Collection[str]) -> None:
-        """Sync directories of the target and all above them: one may be new, or pruned."""
+        """Sync directories of the target and all above them: one may be new, or pruned.
+
+        From the top down: what was moved into a new directory is never on the disk before that directory's name is.
+        """
         if not self._durable:
             return
         above = {"", *directories, *(path for directory in directories for path in paths.parents(directory))}
         if len(above) > _FEW:
             _posix.sync_file_system(target)
             return
-        for directory in sorted(above, key=len, reverse=True):
+        for directory in sorted(above, key=len):
             try:
                 with opened(target, *filter(None, directory.split("/"))) as fd:
                     os.fsync(fd)
