@@ -76,7 +76,19 @@ from staged.observers import notify
 from staged.planning import Work
 from staged.records import HandlesPart, check_meta, encode
 
-__all__ = ["Held", "Stop", "Stopped", "acquire", "commit", "discard", "discard_staged", "look", "make_plan", "settle"]
+__all__ = [
+    "Held",
+    "Stop",
+    "Stopped",
+    "acquire",
+    "commit",
+    "discard",
+    "discard_staged",
+    "look",
+    "make_plan",
+    "quietly",
+    "settle",
+]
 
 KEPT_COMMITS = 1_000
 """Commits, and so keys, that the ledger remembers."""
@@ -420,7 +432,7 @@ async def look(driver: Driver, tx: str) -> Outcome:
 
 async def _give_back(held: Held) -> None:
     """Free an undecided head. Where that fails the next writer takes it over: an undecided head is no harm."""
-    await _quietly(held.move(states.free(held.head)))
+    await quietly(held.move(states.free(held.head)))
 
 
 async def make_plan(target: Target, tx: str, work: Work) -> Plan:
@@ -598,17 +610,17 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> t
             transaction=tx,
         ) from error
     # From here on all is published and the outcome durable: what fails is left to the next writer.
-    return receipt, bool(await _quietly(held.move(states.free(held.head), durable=True)))
+    return receipt, bool(await quietly(held.move(states.free(held.head), durable=True)))
 
 
 async def _clean_up(target: Target, decided: _Decided, *, freed: bool) -> None:
     """Discard what a completed commit needs no more; what fails is left to recover and gc."""
-    await _quietly(discard(target, decided.header.transaction))
+    await quietly(discard(target, decided.header.transaction))
     # The earlier ledger is the one in force until the head that names the later is durable.
     if freed and decided.ledger is not None:
-        await _quietly(target.driver.delete_control([f"{decided.ledger.key}-0"]))
+        await quietly(target.driver.delete_control([f"{decided.ledger.key}-0"]))
     if decided.header.trees is not None:
-        await _quietly(target.driver.trim(decided.header.keep_old, 0.0))
+        await quietly(target.driver.trim(decided.header.keep_old, 0.0))
 
 
 async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Resolve | None) -> Sequence[Entry]:
@@ -719,7 +731,8 @@ async def discard_staged(target: Target, tx: str) -> Sequence[str]:
     return keys
 
 
-async def _quietly(step: Awaitable[_T]) -> _T | None:
+async def quietly(step: Awaitable[_T]) -> _T | None:
+    """Take a step that the next writer, recover or gc makes up for where it fails; None then."""
     try:
         return await step
     except StagedError as error:

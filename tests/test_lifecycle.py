@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import AsyncIterator, Callable
 from datetime import timedelta
+from typing import Literal
 
 import aiofiles
 import anyio
 import pytest
+import trio
+import trio.testing
 
 from staged import (
     Busy,
@@ -27,6 +31,7 @@ from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.model import Decided, Event, Finished, Prepared, Published, Staged
 from staged.store import Store
+from staged.testing.faults import FaultDriver, Moment
 
 pytestmark = pytest.mark.anyio
 
@@ -443,3 +448,46 @@ async def test_errors_of_staging_leave_the_block_usable(world: World) -> None:
             await tx.put_stream("b", 5)  # type: ignore[arg-type]
         await tx.write("a", b"1")
     assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+
+
+@pytest.mark.parametrize("fence", ["lock", "consumed"])
+def test_a_writer_that_is_cancelled_ends_wherever_the_store_hangs(fence: Literal["lock", "consumed"]) -> None:
+    async def write(number: int, first: float) -> int:
+        """The call of that number takes so long, all later ones for ever; the writer is cancelled. The number of calls."""
+        calls = 0
+
+        async def gate(name: str, moment: Moment) -> None:
+            nonlocal calls
+            calls += moment == "before"
+            if moment == "before" and calls > number:
+                await anyio.sleep(first if calls == number + 1 else 10_000)
+
+        driver = FaultDriver(MemoryDriver(storage=MemoryStorage(), fence=fence), gate)
+        with anyio.move_on_after(100):
+            async with open_store(driver).staged_write("append") as tx:
+                await tx.write("a", b"1")
+        assert anyio.current_time() < 1_000, f"the writer waits for call {calls}"
+        return calls
+
+    for first in (10_000, 110):  # before or after it the writer is cancelled
+        for number in itertools.count():
+            if trio.run(write, number, first, clock=trio.testing.MockClock(autojump_threshold=0)) <= number:
+                break
+        assert number > 20
+
+
+async def test_what_a_live_transaction_stages_while_gc_takes_it_apart_goes_with_its_own_rollback() -> None:
+    storage = MemoryStorage()
+
+    async def collect(step: str) -> None:
+        if step == "stage a":  # the handle is on record, the upload is not there yet
+            await open_store(MemoryDriver(storage=storage, fence="consumed")).gc(older_than=timedelta(0))
+
+    store = open_store(MemoryDriver(storage=storage, fence="consumed", step=collect))
+    with pytest.raises(StagingError) as caught:
+        async with store.staged_write("append") as tx:
+            await tx.write("a", b"1")
+    assert caught.value.outcome == "untouched"
+    assert storage.below("target") == {}
+    await store.gc(older_than=timedelta(0))
+    assert storage.uploads == {}
