@@ -498,6 +498,16 @@ def commands() -> click.Group:
         except ValueError as error:
             raise click.BadParameter(str(error)) from None
 
+    class Source(click.Path):
+        """A local path; a URL given in its place is not echoed, since it may hold a credential."""
+
+        def convert(
+            self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+        ) -> str | bytes | os.PathLike[str]:
+            if "://" in os.fspath(value):
+                self.fail("A source is a local file or directory, not a URL.", param, ctx)
+            return super().convert(value, param, ctx)
+
     url = click.argument("url")
     json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
@@ -509,7 +519,7 @@ def commands() -> click.Group:
         """
 
     @staged.command()
-    @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=click.Path(exists=True))
+    @click.argument("sources", nargs=-1, required=True, metavar="SOURCE...", type=Source(exists=True))
     @url
     @click.option(
         "--mode",
@@ -610,7 +620,7 @@ def commands() -> click.Group:
             return
         root = url.removeprefix("file://")
         if not os.path.isdir(root):
-            raise click.UsageError(f"--recursive goes with a local directory, and {url!r} is none.")
+            raise click.UsageError("--recursive goes with a local directory, and URL is none.")
         results = _run(lambda: _recover_all(root, chosen), as_json)
         recovered = [(target, result) for target, result in results if isinstance(result, Recovered)]
         if as_json:

@@ -604,7 +604,8 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> t
         await driver.put_segment(
             outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch))
         )
-    except (StorageError, DamagedRecord) as error:
+    except (StorageError, DamagedRecord, StagingError) as error:
+        # What a driver refuses before a decision, such as to move another target's control area, is no refusal after it.
         raise CommitIncomplete(
             f"Transaction {tx} is decided but not completed: {error} Run recover(), or let the next writer complete it.",
             transaction=tx,
@@ -631,10 +632,7 @@ async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Reso
     if answer in (Answer.FOREIGN, Answer.LOST):
         await held.check()
         if resolve == "replace" and answer is Answer.FOREIGN:
-            try:
-                now = await driver.trees(header.transaction)
-            except Conflict as error:
-                raise _blocked(header.transaction, ["."], lost=False) from error
+            now = await driver.trees(header.transaction)
             answer = await driver.swap(header.transaction, Trees(trees.new, now.target), aside)
         elif resolve is not None:
             # What is kept out is discarded before the head is freed: nobody may publish it later.

@@ -12,7 +12,7 @@ Contracts of every method:
 - It raises `StorageError`, with the SDK's error as its cause, and never a bare one. Then the request may have been
   applied or not: the caller finds out by reading.
 - A repeat does no harm. SDKs and HTTP libraries replay requests underneath us.
-- It never logs, stores or shows a credential.
+- It never logs, stores or shows a credential; no error that it raises holds one, in its text or in that of a cause.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 from staged.model import Answer, Capabilities, Entry, Listed, Trees
 
@@ -65,6 +65,10 @@ class Driver(ABC):
 
     url: str
     """The target for messages, without any secret."""
+
+    def __reduce__(self) -> NoReturn:
+        """A driver is neither pickled nor copied: it may hold a credential, and holds what only this process has."""
+        raise TypeError(f"A {type(self).__name__} cannot be pickled; open the store anew.")
 
     # -------------------------------------------------------------------------------------------------- what it can do
 

@@ -6,6 +6,7 @@ its owner dead (the operating system's lock), or by `gc` once it is old. What a 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from staged import states
@@ -18,6 +19,7 @@ from staged.records import encode, is_id
 
 __all__ = ["abort", "collect", "recover"]
 
+_NUMBER = re.compile(r"[0-9]{1,20}")
 _ATTEMPTS = 10
 """Lost races after which a rollback gives up: each is a step that another process made."""
 
@@ -178,7 +180,7 @@ async def collect(target: Target, older_than: float) -> int:
         ledger, _, _ = key.rpartition("-")
         epoch = key.split("-")[1]
         superseded = head.ledger is None or ledger != head.ledger.key
-        if epoch.isdigit() and int(epoch) <= over and superseded and await _is_older(target, key, older_than):
+        if _NUMBER.fullmatch(epoch) and int(epoch) <= over and superseded and await _is_older(target, key, older_than):
             doomed.append(key)
     await driver.delete_control(doomed)
     return len(doomed) + await driver.trim(0, older_than)

@@ -70,15 +70,7 @@ def open_store(
     text = os.fspath(target)
     if not isinstance(text, str):
         raise InvalidInput("A target is a str, a path or a driver.")
-    scheme, found, rest = text.partition("://")
-    if not found or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
-        scheme, rest = "", text
-    if scheme not in _DRIVERS:
-        raise Unsupported(
-            f"There is no driver for {scheme}:// URLs; there are drivers for {', '.join(filter(None, _DRIVERS))}."
-        )
-    if scheme == "file" and not rest.startswith("/"):
-        raise InvalidInput(f"{text!r} names a host or a relative path; a local target is file:///path, or just /path.")
+    scheme, rest = _split(text)
     module, name = _DRIVERS[scheme]
     driver_class = getattr(importlib.import_module(module), name)
     known = [parameter for parameter in inspect.signature(driver_class).parameters if parameter != "path"]
@@ -86,6 +78,20 @@ def open_store(
         if option not in known:
             raise InvalidInput(f"There is no option {option!r} for this store; its options are {', '.join(known)}.")
     return Store(driver_class(rest, **options), observers)
+
+
+def _split(target: str) -> tuple[str, str]:
+    """A URL's scheme, the same in capitals, and what follows it; no message shows the latter, which may hold a credential."""
+    scheme, found, rest = target.partition("://")
+    if not found or "/" in scheme:
+        return "", target
+    scheme = scheme.lower()
+    if not scheme or scheme not in _DRIVERS:
+        what = f"{scheme}:// URLs" if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else "a URL of that form"
+        raise Unsupported(f"There is no driver for {what}; there are drivers for {', '.join(filter(None, _DRIVERS))}.")
+    if scheme == "file" and not rest.startswith("/"):
+        raise InvalidInput("A file URL names an absolute path and no host: file:///lake/flights.")
+    return scheme, rest
 
 
 class Store:
@@ -323,14 +329,12 @@ class Store:
     async def _begin(self, options: Options, require: frozenset[Guarantee], *, block: bool) -> Transaction:
         try:
             target = await self._probed()
-        except StorageError as error:
-            raise StagingError(f"Nothing was begun. {error}", retryable=error.retryable) from error
-        missing = require - target.store.guarantees.get(options.mode, frozenset())
-        if missing:
-            raise Unsupported(
-                f"{self.url} does not promise {', '.join(sorted(missing))} for mode {options.mode.value!r}. Nothing was begun."
-            )
-        try:
+            missing = require - target.store.guarantees.get(options.mode, frozenset())
+            if missing:
+                raise Unsupported(
+                    f"{self.url} does not promise {', '.join(sorted(missing))} for mode {options.mode.value!r}. Nothing was "
+                    "begun."
+                )
             return await self._track(
                 lambda: Transaction.begin(target, options, self._new_owner(), block=block), options.grace
             )

@@ -5,18 +5,24 @@
 from __future__ import annotations
 
 import ntpath
+import os
 import posixpath
 import random
 import sys
+import threading
 import unicodedata
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path, PurePosixPath
 
+import anyio.to_thread
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from staged.errors import InvalidPath
+from staged import open_store
+from staged.errors import InvalidPath, StagedError
 from staged.paths import MAX_PART, MAX_PATH, RESERVED, fold, join, parents, parse, parse_prefix
 
 Figure = Callable[[str, str], None]
@@ -260,3 +266,128 @@ def test_parents_are_every_directory_above_the_nearest_first(parts: list[str]) -
     assert parents(path) == ["/".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
     assert join("", path) == join(path, "") == path
     assert join(path, path) == "/".join(parts + parts)
+
+
+# ------------------------------------------------------------------------------------------ links swapped in for directories
+
+DIRECTORIES = [f"d{n}" for n in range(4)]
+MODES = ["full_drop", "append", "overwrite_files", "overwrite_partitions"]
+
+
+class Flipper(threading.Thread):
+    """Puts a link to somewhere else in the place of a directory of the target or the staging, and takes it away again."""
+
+    def __init__(self, target: Path, area: Path, outside: Path, limbo: Path) -> None:
+        super().__init__()
+        self._target, self._area, self._outside, self._limbo = target, area, outside, limbo
+        self._chance = random.Random(20261123)
+        self._done = threading.Event()
+        self.flips = 0
+
+    def run(self) -> None:
+        while not self._done.is_set():
+            place = self._chance.choice(self._places())
+            away = self._limbo / str(self.flips)
+            try:
+                place.rename(away)
+                place.symlink_to(self._outside)
+            except OSError:
+                with suppress(OSError):
+                    away.rename(place)
+                continue
+            self.flips += 1
+            self._done.wait(self._chance.choice([0, 0.0002, 0.001]))
+            try:
+                place.unlink()
+                away.rename(place)
+            except OSError:
+                continue  # the writer made it anew meanwhile
+            self._done.wait(self._chance.choice([0.0005, 0.02]))
+
+    def _places(self) -> list[Path]:
+        transactions = [Path(entry.path) for entry in _scan(self._area / "tx")]
+        trees = [tree for tx in transactions for tree in (tx / "tree", tx / "part")]
+        inner = [self._chance.choice([self._target, *trees]) / self._chance.choice(DIRECTORIES) for _ in range(4)]
+        return [self._target, *transactions, *trees, *inner, *(self._area / name for name in ("log", "outcome", "old"))]
+
+    def stop(self) -> None:
+        self._done.set()
+        self.join()
+
+
+def _scan(directory: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(directory) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _mirror(outside: Path) -> None:
+    """Somewhere else, with all the names under which something of ours could be written, replaced or removed."""
+    inner = [*DIRECTORIES, "tree", "part", "old", "log", "outcome", "tx", "record"]
+    for at in (outside, *(outside / name for name in inner), *(outside / "tree" / name for name in DIRECTORIES)):
+        at.mkdir(parents=True, exist_ok=True)
+        for name in ("0", "1", "2", "a", "_SUCCESS", "part-0.parquet", "kept"):
+            (at / name).write_text("outside")
+
+
+def _state(outside: Path) -> dict[str, tuple[int, int, int, int]]:
+    found = {}
+    for path in (outside, *outside.rglob("*")):
+        status = path.lstat()
+        found[str(path)] = (status.st_ino, status.st_mode, status.st_mtime_ns, status.st_size)
+    return found
+
+
+@pytest.mark.anyio
+async def test_no_path_leads_out_while_links_take_the_places_of_directories(
+    tmp_path: Path, anyio_backend: str, figure: Figure
+) -> None:
+    target, outside, limbo = tmp_path / "lake" / "target", tmp_path / "outside", tmp_path / "limbo"
+    for directory in (target, limbo):
+        directory.mkdir(parents=True)
+    _mirror(outside)
+    before = _state(outside)
+    half = ("asyncio", "trio").index(anyio_backend)
+    soak = int(os.environ.get("STAGED_SOAK", "1"))
+    fuzzed = _paths(10_000 * soak)[half::2]
+    store = open_store(target, durability="none")
+    await store.capabilities()  # a link at the target itself is resolved once, and is none by now
+    flipper = Flipper(target, tmp_path / "lake" / "_staged" / "target", outside, limbo)
+    flipper.start()
+    commits = refused = failed = 0
+    try:
+        for number, at in enumerate(range(0, len(fuzzed), 100)):
+            try:
+                async with store.staged_write(MODES[number % 4], lock_timeout=0) as tx:
+                    for n, path in enumerate(fuzzed[at : at + 100]):
+                        try:
+                            await tx.write(f"{DIRECTORIES[n % 4]}/{n}/{path}", b"ours")
+                        except InvalidPath:
+                            refused += 1
+                        except StagedError:
+                            failed += 1  # the next may be luckier
+                    if MODES[number % 4] == "full_drop":
+                        await tx.write("d0/kept", b"ours", overwrite=True)
+                    if MODES[number % 4] == "overwrite_files":
+                        await tx.delete("d0/kept")
+                commits += 1
+            except StagedError:
+                failed += 1
+            try:
+                await store.recover(resolve=("keep", "replace")[number % 2])  # type: ignore[arg-type]
+                if number % 8 == 0:
+                    await store.gc(older_than=timedelta(0))
+            except StagedError:
+                failed += 1
+    finally:
+        await anyio.to_thread.run_sync(flipper.stop)
+    after = await anyio.to_thread.run_sync(_state, outside)
+    escapes = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    figure(
+        f"links in the places of directories, {anyio_backend}",
+        f"{len(fuzzed):,} fuzzed paths ({refused:,} refused), {flipper.flips:,} links, {commits} commits, {failed} errors, "
+        f"{len(escapes)} escapes",
+    )
+    assert not escapes

@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import secrets
+import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
@@ -13,15 +14,19 @@ from contextlib import ExitStack, contextmanager
 
 from staged.driver import Record
 from staged.drivers import _posix, _slots
-from staged.drivers._posix import CountedLock, opened
+from staged.drivers._posix import FILE, CountedLock, opened
 from staged.errors import StorageError
 
-__all__ = ["ControlArea", "exists", "unlink"]
+__all__ = ["ControlArea", "exists", "remove_tree", "unlink"]
 
 _SLICE = 64
 """Segments that are open at a time while they are synced."""
 _WAIT = 20.0
 """Seconds to wait for another process's swap of the same record, which takes milliseconds unless it is stopped."""
+_MAX_SEGMENT = 256 << 20
+"""Bytes of a segment, well above 10,000 entries of the longest names; nothing larger is read into memory."""
+_DAMAGED = b"damaged"
+"""Stands for a record of which nothing can be read: the decoder refuses it."""
 
 
 class ControlArea:
@@ -54,15 +59,28 @@ class ControlArea:
         *parts, name = key.split("/")
         try:
             with self.opened(*parts) as fd:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                body = self._read(fd, name, swapped=_is_swapped(key))
         except FileNotFoundError:
             return None
-        with open(file, "rb", buffering=0) as reader:
-            if not _is_swapped(key):
-                body = reader.readall()
-            elif not (body := _slots.current(_slots.read(file))) and _slots.was_durable(file):
-                body = b"damaged"  # there was a record, and nothing of it can be read: the decoder refuses it
         return Record(body, _slots.token(body)) if body else None
+
+    def _read(self, fd: int, name: str, *, swapped: bool) -> bytes:
+        try:
+            file = os.open(name, FILE, dir_fd=fd)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENXIO):
+                return _DAMAGED  # a link, or a socket
+            raise
+        try:
+            found = os.fstat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_SEGMENT:
+                return _DAMAGED
+            if swapped:
+                return _slots.current(_slots.read(file)) or (_DAMAGED if _slots.was_durable(file) else b"")
+            with open(file, "rb", buffering=0, closefd=False) as reader:
+                return reader.readall() or b""
+        finally:
+            os.close(file)
 
     def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
         *parts, name = key.split("/")
@@ -106,6 +124,8 @@ class ControlArea:
             time.sleep(0.001)
 
     def put_segment(self, key: str, body: bytes) -> bool:
+        if len(body) > _MAX_SEGMENT:
+            raise StorageError(f"The segment {key!r} would have {len(body)} bytes; at most {_MAX_SEGMENT} fit.")
         *parts, name = key.split("/")
         with self.opened(*parts, create=True) as fd:
             if exists(fd, name):
@@ -165,7 +185,7 @@ class ControlArea:
                 *parts, name = key.split("/")
                 try:
                     with self.opened(*parts) as fd:
-                        files.append(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd))
+                        files.append(os.open(name, FILE, dir_fd=fd))
                     stack.callback(os.close, files[-1])
                 except FileNotFoundError:
                     continue  # deleted meanwhile
@@ -205,7 +225,8 @@ class ControlArea:
             if not name.startswith(start) or name.endswith(".tmp"):
                 continue
             if not is_dir:
-                found.append(f"{at}{name}")
+                if at != "tx/":  # a file there is nobody's
+                    found.append(f"{at}{name}")
             elif at == "tx/":
                 before = len(found)
                 try:
@@ -265,7 +286,8 @@ class ControlArea:
     def now(self) -> float:
         """The file system's own clock, which need not be this machine's."""
         with self.opened() as fd:
-            file = os.open("clock", os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=fd)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            file = os.open("clock", flags, 0o600, dir_fd=fd)
             try:
                 os.utime(file)
                 return os.fstat(file).st_mtime

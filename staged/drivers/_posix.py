@@ -20,12 +20,14 @@ from staged.errors import StorageError
 
 __all__ = [
     "DIRECTORY",
+    "FILE",
     "CountedLock",
     "birth_identity",
     "clear_directory",
     "exchange",
     "file_identity",
     "is_overlay",
+    "may_rename",
     "mount_of",
     "open_below",
     "opened",
@@ -36,6 +38,9 @@ __all__ = [
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 """How a directory is opened: itself, never through a link."""
+
+FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+"""How a file is opened to be read: itself, and without a wait where a stranger put a pipe."""
 
 _NOREPLACE, _EXCHANGE = 1, 2
 _AT_EMPTY_PATH, _STATX_INO, _STATX_BTIME, _STATX_MNT_ID = 0x1000, 0x100, 0x800, 0x1000
@@ -108,19 +113,29 @@ def birth_identity(fd: int) -> str | None:
 
     A device number is no part of it, as it may change from mount to mount.
     """
-    found = _Statx()
-    if _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_INO | _STATX_BTIME, ctypes.byref(found)) != 0:
-        return None
+    found = _statx(fd, _STATX_INO | _STATX_BTIME)
     if not found.mask & _STATX_BTIME:
         return None
     return f"{found.ino:x}-{found.btime_sec:x}.{found.btime_nsec:x}"
 
 
 def mount_of(fd: int) -> tuple[int, int]:
-    """What two directories share between which a rename works: the device, and the mount where the kernel tells it (5.8)."""
+    """The device and the mount that a directory is on: a rename leads out of neither, not even to the same device."""
+    found = _statx(fd, _STATX_MNT_ID)
+    return os.fstat(fd).st_dev, found.mount if found.mask & _STATX_MNT_ID else 0
+
+
+def _statx(fd: int, mask: int) -> _Statx:
+    """See statx(2); an empty mask where the kernel does not know the call."""
     found = _Statx()
-    known = _libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_MNT_ID, ctypes.byref(found)) == 0
-    return os.fstat(fd).st_dev, found.mount if known and found.mask & _STATX_MNT_ID else 0
+    if _libc.statx(fd, b"", _AT_EMPTY_PATH, mask, ctypes.byref(found)) != 0:
+        found.mask = 0
+    return found
+
+
+def may_rename(directory: os.stat_result, entry: os.stat_result) -> bool:
+    """Whether the sticky bit of a directory lets this process rename or remove one of its entries."""
+    return not directory.st_mode & stat.S_ISVTX or os.geteuid() in (0, directory.st_uid, entry.st_uid)
 
 
 def is_overlay(fd: int) -> bool:

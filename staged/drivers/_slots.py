@@ -22,6 +22,8 @@ SLOT = 128 * 1024
 """Bytes from one slot to the next; the file is sparse."""
 _DURABLE, _PASSING = (0, 1), (2, 3)
 _LINE = 128
+_BLOCK = 4096
+_DIGITS = 18
 _MAGIC = b"slot "
 
 Slots = Sequence[tuple[int, bytes]]
@@ -79,10 +81,12 @@ def write(file: int, body: bytes, slots: Slots, *, durable: bool) -> None:
 
 
 def _slot(file: int, at: int) -> tuple[int, bytes]:
-    head = os.pread(file, 4096, at)
+    head = os.pread(file, _BLOCK, at)
     words = head[:_LINE].split()
     if len(words) != 4 or not head.startswith(_MAGIC) or not words[1].isdigit() or not words[2].isdigit():
         return 0, b""
+    if len(words[1]) > _DIGITS:
+        return 0, b""  # the line of its successor could outgrow its place
     length = int(words[2])
     body = head[_LINE : _LINE + length]
     if len(body) < length <= SLOT:

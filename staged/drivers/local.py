@@ -34,7 +34,7 @@ from staged import paths
 from staged.driver import Driver, LogHandle, Record
 from staged.drivers import _posix
 from staged.drivers._area import ControlArea, exists, remove_tree, unlink
-from staged.drivers._posix import CountedLock, file_identity, opened
+from staged.drivers._posix import FILE, CountedLock, file_identity, opened
 from staged.drivers._trees import (
     by_directory,
     identity,
@@ -127,7 +127,7 @@ class LocalDriver(Driver):
     def _mapped(self, error: OSError) -> StagedError:
         """An error of the operating system, mapped once; what was applied is not known."""
         passing = error.errno in (errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ESTALE)
-        at = f" at {error.filename!r}" if error.filename else ""
+        at = f" at {error.filename!r}" if isinstance(error.filename, str) else ""  # a descriptor tells nobody anything
         return StorageError(f"{self.url}: {error.strerror or error}{at}.", retryable=passing)
 
     # ------------------------------------------------------------------------------------------------------ where it is
@@ -163,16 +163,16 @@ class LocalDriver(Driver):
         # One that is there is the only one, even for a user whom it shuts out: two heads would serialise nothing.
         is_beside = os.path.lexists(os.path.join(above, *beside))
         is_inside = os.path.lexists(os.path.join(target, *inside))
-        if _is_mounted(target, above):
-            return target, inside
-        if is_beside and is_inside:
+        mounted = _is_mounted(target, above)
+        if is_beside and (is_inside or mounted):
             raise Unsupported(
-                f"{self.url!r} has two control areas, {os.path.join(above, *beside)!r} and {os.path.join(target, *inside)!r}, "
-                "as when it is a mount point for some writers and a directory for others. Let all see it alike, and remove "
-                "the one whose transactions are all ended (see `staged status`) while nobody writes."
+                f"{self.url!r} has a control area beside it, {os.path.join(above, *beside)!r}, though "
+                f"{'it is a mount point' if mounted else 'another lies in it'}: for some writers it is a mount point, and "
+                "for others it is or was a directory. Let all see it alike, and remove the control area that is not used, "
+                "while nobody writes."
             )
         closed = os.path.isdir(above) and not os.access(above, os.W_OK | os.X_OK)
-        if is_inside or (closed and not is_beside):
+        if is_inside or mounted or (closed and not is_beside):
             return target, inside
         return above, beside
 
@@ -237,6 +237,20 @@ class LocalDriver(Driver):
         site = self._site
         with opened(site.above, site.name, *parts) as fd:
             yield fd
+
+    def _check_target(self) -> None:
+        """What a plan is made from is the directory that was found, or none; nothing can be published over what is not one."""
+        try:
+            with self._target():
+                pass
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
+            raise Conflict(
+                f"{self.url!r} is no longer a directory: a file or a link took its place.", retryable=False
+            ) from error
 
     async def probe(self) -> Capabilities:
         return await self._run(self._probe)
@@ -318,7 +332,7 @@ class LocalDriver(Driver):
             if seen != len(recorded):
                 raise StagingError("A staged file is gone.")
             self._take_after_target(tree)
-            self._check_writable(directories)
+            self._check_places(tree, directories)
             try:
                 self._sync_staged(tx, tree, recorded, directories)
             except OSError as error:
@@ -334,7 +348,7 @@ class LocalDriver(Driver):
         for path in recorded:
             *above, name = path.split("/")
             with opened(tree, *above) as fd:
-                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+                file = os.open(name, FILE, dir_fd=fd)
                 try:
                     os.fsync(file)
                 finally:
@@ -360,24 +374,22 @@ class LocalDriver(Driver):
                 with suppress(PermissionError):
                     os.setxattr(tree, name, os.getxattr(target, name))
 
-    def _check_writable(self, directories: Collection[str]) -> None:
+    def _check_places(self, tree: int, directories: Collection[str]) -> None:
         """Refuse before the decision what the target's directories would refuse after it."""
-        site = self._site
-        with site.area.opened() as fd:
-            mount = _posix.mount_of(fd)
+        site, mount = self._site, _posix.mount_of(tree)
         for parts in ((), (site.name,), *((site.name, *path.split("/")) for path in directories)):
             try:
                 with opened(site.above, *parts) as fd:
                     writable = os.access(".", os.W_OK | os.X_OK, dir_fd=fd)
-                    movable = len(parts) < 2 or _posix.mount_of(fd) == mount
+                    apart = bool(parts) and _posix.mount_of(fd) != mount
             except OSError:
                 continue  # not there, or in the way: the plan sees to that
+            if apart:
+                raise StagingError(
+                    f"{'/'.join((site.above, *parts))!r} is mounted apart from the control area: nothing can be moved there."
+                )
             if not writable and (parts or not site.inside):
                 raise StagingError(f"{'/'.join((site.above, *parts))!r} cannot be written.")
-            if not movable:
-                raise StagingError(
-                    f"{'/'.join((site.above, *parts))!r} is a mount of its own; files cannot move into it."
-                )
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         await self._run(lambda: self._discard(tx, handles, whole), *([] if whole else [_lease(tx)]))
@@ -431,7 +443,11 @@ class LocalDriver(Driver):
     async def list(
         self, prefix: str = "", names: Collection[str] | None = None
     ) -> AsyncGenerator[Sequence[Listed], None]:
-        yield await self._run(lambda: self._list(prefix) if names is None else self._look_up(names))
+        def look() -> Sequence[Listed]:
+            self._check_target()
+            return self._list(prefix) if names is None else self._look_up(names)
+
+        yield await self._run(look)
 
     def _list(self, prefix: str) -> Sequence[Listed]:
         directories: list[str] = []
@@ -560,10 +576,16 @@ class LocalDriver(Driver):
         return await self._run(lambda: self._trees(tx), _lease(tx))
 
     def _trees(self, tx: str) -> Trees:
-        with self._site.area.opened("tx", tx, "tree", create=True) as fd:
+        self._check_target()
+        site = self._site
+        with site.area.opened("tx", tx, "tree", create=True) as fd:
             new = identity(fd)
         try:
-            with self._target() as fd:
+            with opened(site.above) as above, self._target() as fd:
+                if not _posix.may_rename(os.fstat(above), os.fstat(fd)):
+                    raise StagingError(
+                        f"{self.url!r} is another user's, in a directory whose sticky bit lets nobody else move it aside."
+                    )
                 if (nested := nested_control(fd, "")) is not None:
                     raise Conflict.covering(nested)
                 return Trees(new, identity(fd))

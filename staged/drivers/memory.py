@@ -13,7 +13,7 @@ from typing import Literal
 
 from staged import paths
 from staged.driver import Driver, LogHandle, Record
-from staged.errors import Conflict, StagingError
+from staged.errors import Conflict, InvalidInput, InvalidPath, StagingError
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, fold, join
 
@@ -95,7 +95,11 @@ class MemoryDriver(Driver):
         period: float = 30.0,
         step: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
-        self._path = paths.parse(path.strip("/"))
+        try:
+            self._path = paths.parse(path.strip("/"))
+        except InvalidPath:
+            # What is wrong is not shown: the URL of another store may have come here, with a credential in it.
+            raise InvalidInput("A target in memory has a plain path, such as memory://name/target.") from None
         self.url = f"memory://{self._path}"
         self._storage = storage if storage is not None else _named.setdefault(self._path.split("/")[0], MemoryStorage())
         self._fence: Literal["lock", "consumed"] = fence
@@ -213,6 +217,9 @@ class MemoryDriver(Driver):
 
     # -------------------------------------------------------------------------------------------------------- the target
 
+    def _folded(self, path: str) -> str:
+        return fold(path) if self._folds else path
+
     def _at(self, path: str) -> tuple[str, _Blob | None]:
         """Where a name is, as the store folds it."""
         whole = join(self._path, path)
@@ -223,17 +230,20 @@ class MemoryDriver(Driver):
     async def list(
         self, prefix: str = "", names: Collection[str] | None = None
     ) -> AsyncGenerator[Sequence[Listed], None]:
-        start = f"{join(self._path, prefix)}/"
+        start = self._folded(f"{join(self._path, prefix)}/")
         base = len(self._path) + 1
-        files = {path[base:]: blob for path, blob in self._storage.files.items() if path.startswith(start)}
+        below = {path for path in self._storage.files if self._folded(path).startswith(start)}
+        files = {path[base:]: self._storage.files[path] for path in below}
         found = [Listed(path, len(blob.data), blob.identity) for path, blob in sorted(files.items())]
-        found += [Listed(key[base:], 0, "") for key in sorted(self._storage.records) if key.startswith(start)]
+        found += [
+            Listed(key[base:], 0, "") for key in sorted(self._storage.records) if self._folded(key).startswith(start)
+        ]
         found += [
             Listed(path, 0, "", is_dir=True) for path in sorted({up for path in files for up in paths.parents(path)})
         ]
         if names is not None:
-            wanted = {fold(name) for name in names} if self._folds else set(names)
-            found = [listed for listed in found if (fold(listed.path) if self._folds else listed.path) in wanted]
+            wanted = set(map(self._folded, names))
+            found = [listed for listed in found if self._folded(listed.path) in wanted]
         for at in range(0, len(found), _PAGE):
             yield found[at : at + _PAGE]
 
