@@ -14,8 +14,18 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from staged import CommitBlocked, InvalidInput, StagedError, StagingError, Unsupported, open_store, pinned
+from staged import (
+    CommitBlocked,
+    DamagedRecord,
+    InvalidInput,
+    StagedError,
+    StagingError,
+    Unsupported,
+    open_store,
+    pinned,
+)
 from staged.drivers._posix import CountedLock
+from staged.drivers._slots import SLOT
 from staged.drivers.local import LocalDriver
 from staged.errors import StorageError
 from staged.model import Decided, Prepared
@@ -242,6 +252,28 @@ async def test_a_foreign_file_in_the_way_blocks_a_decided_commit_until_somebody_
         assert outcome.receipt is not None
         assert outcome.receipt.left == (resolve == "keep")
         await load(open_store(target), "append", c="1")
+
+
+async def test_a_record_whose_first_writes_were_lost_is_none_and_one_that_was_durable_and_is_damaged_is_refused(
+    tmp_path: Path,
+) -> None:
+    def lose(head: Path, left: bytes) -> None:
+        head.parent.mkdir(parents=True)
+        with head.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, 4 * SLOT)
+            file.seek(2 * SLOT)
+            file.write(left)
+
+    for left in (b"", b"slot 1 9 torn"):
+        target = tmp_path / f"target{len(left)}"
+        head = tmp_path / "_staged" / target.name / "head"
+        await anyio.to_thread.run_sync(lose, head, left)
+        assert (await open_store(target).status()).epoch == 0
+        await load(open_store(target), "append", a="1")
+        assert await read(target) == {"a": "1"}
+        head.write_bytes(b"?" * 4 * SLOT)
+        with pytest.raises(DamagedRecord):
+            await open_store(target).status()
 
 
 async def test_a_staged_file_that_changes_or_appears_behind_our_back_is_refused_before_the_decision(
