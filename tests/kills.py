@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import json
+import mmap
 import os
 import random
 import shutil
@@ -19,9 +20,11 @@ import anyio
 
 from staged import StagedError, open_store
 from staged.drivers.local import LocalDriver
+from staged.model import Mode
 from staged.testing.exploration import PRIORS, Work, works
 from staged.testing.faults import FaultDriver, Moment
 from staged.testing.harness import Files
+from staged.testing.steps import STEPS, StepName, step_after
 
 MOMENTS: tuple[Moment, ...] = ("before", "after")
 
@@ -62,36 +65,50 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def write(target: str, work: Work, moment: Moment, number: int) -> None:
-    """Do the work, and die at the n-th moment."""
-    count = 0
+class Victim:
+    """A writer that is killed at a call of its own choosing, and the step that it was at when it died.
 
-    async def gate(name: str, at: Moment) -> None:
-        nonlocal count
-        count += at == moment
-        if count == number and at == moment:
-            os.kill(os.getpid(), signal.SIGKILL)
+    Args:
+        moment: When at the call.
+        number: Which call, counted from 1.
+        delay: Seconds that it has left from there.
+    """
 
-    async def run() -> None:
-        async with open_store(FaultDriver(LocalDriver(target, durability="none"), gate)) as store:
-            await work(store)
+    def __init__(self, moment: Moment, number: int, delay: float | None = None) -> None:
+        self.moment, self.number, self.delay = moment, number, delay
+        # Shared with the child: the step that it is at.
+        self._step = mmap.mmap(-1, 1)
 
-    anyio.run(run)
+    @property
+    def step(self) -> StepName:
+        return STEPS[self._step[0]]
 
+    def write(self, target: str, work: Work) -> None:
+        """Do the work, and die."""
+        start, started = os.pipe()
+        if self.delay is not None and os.fork() == 0:
+            os.close(started)
+            if os.read(start, 1):
+                time.sleep(self.delay)
+                os.kill(os.getppid(), signal.SIGKILL)
+            os._exit(0)
+        count = 0
 
-def write_until(target: str, work: Work, seconds: float) -> None:
-    """Do the work with a killer in the background."""
-    killer = os.fork()
-    if killer == 0:
-        time.sleep(seconds)
-        os.kill(os.getppid(), signal.SIGKILL)
-        os._exit(0)
+        async def gate(name: str, at: Moment) -> None:
+            nonlocal count
+            if at == "before":
+                self._step[0] = STEPS.index(step_after(self.step, name))
+            count += at == self.moment
+            if count == self.number and at == self.moment:
+                if self.delay is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                os.write(started, b"x")
 
-    async def run() -> None:
-        async with open_store(target, durability="none") as store:
-            await work(store)
+        async def run() -> None:
+            async with open_store(FaultDriver(LocalDriver(target, durability="none"), gate)) as store:
+                await work(store)
 
-    anyio.run(run)
+        anyio.run(run)
 
 
 def check(target: str, prior: Files, new: Files) -> None:
@@ -121,32 +138,43 @@ def check(target: str, prior: Files, new: Files) -> None:
         raise
 
 
-def main(root: str, seed: int, random_kills: int) -> None:
-    """Every moment of every call for some works, then so many random moments."""
-    prior = PRIORS["overlapping"]
-    tasks = [task for task in works((3,)) if (new := task.apply(prior)) is not None and new != prior]
-    for task in tasks:
-        for moment in MOMENTS:
-            for number in range(1, 200):
-                target = lay(root, prior)
-                status = in_child(lambda: write(target, task, moment, number))  # noqa: B023 - run at once
-                if status == 0:
-                    break
-                assert status == -signal.SIGKILL, status
-                new = task.apply(prior)
-                assert new is not None
-                ok = in_child(lambda: check(target, prior, new)) == 0  # noqa: B023
-                print(json.dumps({"task": str(task), "at": f"{moment} call {number}", "ok": ok}), flush=True)
-    chance = random.Random(seed)
-    for number in range(random_kills):
-        task = chance.choice(tasks)
-        target = lay(root, prior)
-        status = in_child(lambda: write_until(target, task, chance.uniform(0.0, 0.05)))  # noqa: B023
-        new = task.apply(prior)
+def prior_of(task: Work) -> Files:
+    """A target on which the work changes something, and removes something if its mode does."""
+    empty = task.mode in (Mode.ERROR, Mode.IGNORE)
+    names = {Mode.OVERWRITE_PARTITIONS: "partitions", Mode.FULL_DROP: "overlapping"}
+    return PRIORS["none" if empty else "disjoint" if task.deletes else names.get(task.mode, "overlapping")]
+
+
+def main(root: str, seed: int, random_kills: int, moments: str) -> None:
+    """These moments of every call for each work; then so many at random, as many of each step, with a moment left to live."""
+    tasks = [task for task in works((3,)) if task.apply(prior_of(task)) not in (None, prior_of(task))]
+    calls: dict[StepName, list[tuple[Work, int]]] = {step: [] for step in STEPS}
+
+    def kill(task: Work, victim: Victim, at: str) -> int:
+        prior = prior_of(task)
+        target, new = lay(root, prior), task.apply(prior)
         assert new is not None
-        ok = in_child(lambda: check(target, prior, new)) == 0  # noqa: B023
-        print(json.dumps({"task": str(task), "at": f"random {number}", "killed": status < 0, "ok": ok}), flush=True)
+        status = in_child(lambda: victim.write(target, task))
+        assert status in (0, -signal.SIGKILL), status
+        if status or victim.delay is not None:
+            ok = in_child(lambda: check(target, prior, new)) == 0
+            found = {"task": str(task), "at": at, "step": victim.step, "killed": status < 0, "ok": ok}
+            print(json.dumps(found), flush=True)
+        return status
+
+    for task in tasks:
+        for moment in (moment for moment in MOMENTS if moment in moments.split()):
+            for number in range(1, 200):
+                victim = Victim(moment, number)
+                if kill(task, victim, f"{moment} call {number}") == 0:
+                    break
+                calls[victim.step].append((task, number))
+    chance = random.Random(seed)
+    for count in range(random_kills):
+        task, number = chance.choice(calls[STEPS[count % len(STEPS)]])
+        delay = chance.uniform(0.0, 0.002)
+        kill(task, Victim("before", number, delay), f"random {count}: {delay:.6f} s after call {number}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 __all__ = ["STEPS", "StepName", "step_after"]
 
-StepName = Literal["begin", "stage", "prepare", "acquire", "plan", "decide", "publish", "remove", "finish"]
+StepName = Literal["begin", "stage", "prepare", "acquire", "plan", "decide", "publish", "remove", "finish", "cleanup"]
 
-STEPS: tuple[StepName, ...] = ("begin", "stage", "prepare", "acquire", "plan", "decide", "publish", "remove", "finish")
+STEPS: tuple[StepName, ...] = get_args(StepName)
 
 # The calls that open a step, by how their names begin, and the steps from which they do.
 _OPENS: tuple[tuple[str, tuple[StepName, ...], StepName], ...] = (
@@ -23,6 +23,7 @@ _OPENS: tuple[tuple[str, tuple[StepName, ...], StepName], ...] = (
     ("swap", ("decide",), "publish"),
     ("remove", ("decide", "publish"), "remove"),
     ("put_segment outcome/", ("decide", "publish", "remove"), "finish"),
+    ("list_control tx/", ("finish",), "cleanup"),
 )
 
 
