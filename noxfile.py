@@ -23,6 +23,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def soak(session: nox.Session) -> None:
+    """Kills, losses of power and real processes under strace, a hundred times as many; hours."""
+    install(session, "test")
+    soaked = ["tests/test_kills.py", "tests/test_syncs.py"]
+    session.run("pytest", *(session.posargs or soaked), env={"STAGED_SOAK": "100"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Style and types."""
     install(session, "test", "lint")
