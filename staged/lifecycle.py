@@ -47,6 +47,9 @@ Check = Callable[[Sequence[Entry]], Awaitable[None] | None]
 
 T = TypeVar("T")
 
+_ENDING = (Phase.PREPARING, Phase.COMMITTING)
+"""Another call is at work and has run the checks: a second one waits for it, and finds what it came to."""
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -273,7 +276,8 @@ class Transaction(Staging):
         """
         if self._phase is Phase.PREPARED or self._is_over():
             return
-        await self._validate()
+        if self._phase not in _ENDING:
+            await self._validate()
         await self._to_end(self._prepare_once)
 
     async def commit(self) -> Receipt:
@@ -284,7 +288,7 @@ class Transaction(Staging):
                 transaction that only found the target busy or the store failing: that stays prepared.
         """
         if not self._is_over():
-            if self._phase is not Phase.PREPARED:
+            if self._phase not in (Phase.PREPARED, *_ENDING):
                 await self._validate()
             await self._to_end(self._commit_once)
         return self.receipt

@@ -196,7 +196,8 @@ def _removable(
 def _check_nesting(
     work: Work, partitions: Collection[str], found: dict[str, Listed], key: Callable[[str], str]
 ) -> None:
-    for directory in _directories(entry.path for entry in work.entries) | set(partitions):
+    emptied = {above for partition in partitions for above in (partition, *parents(partition))}
+    for directory in _directories(entry.path for entry in work.entries) | emptied:
         at = found.get(key(directory))
         if at is not None and not at.is_dir:
             raise Conflict(f"{at.path!r} is a file in the target; files cannot lie below it.", retryable=False)

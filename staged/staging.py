@@ -10,6 +10,7 @@ import functools
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -346,7 +347,8 @@ class Staging:
             await self._to_its_end(clear, math.inf if own is None else None)
 
     async def _adopt(self, root: str, moves: bool, found: list[str]) -> None:
-        """Stage files of a scratch directory."""
+        """Stage files of a scratch directory, all or none."""
+        self._check_staging()
         if self._nowhere or not found:
             return
         entries: list[Entry] = [] if moves else await self._upload_all(root, found)
@@ -359,6 +361,11 @@ class Staging:
         await self._to_its_end(adopt)
 
     async def _upload_all(self, root: str, found: list[str]) -> list[Entry]:
+        local = {path: os.path.join(root, *path.split("/")) for path in found}
+        for path, source in local.items():
+            # Opening a pipe would wait for ever, and a link may lead anywhere.
+            if not stat.S_ISREG((await _in_thread(functools.partial(os.lstat, source))).st_mode):
+                raise StagingError(f"{path!r} is not a regular file.", transaction=self.id)
         entries: list[Entry] = []
 
         async def discard() -> None:
@@ -368,8 +375,8 @@ class Staging:
                 pass  # it goes with the transaction's staging
 
         try:
-            for path in found:
-                entry = await self._upload(path, os.path.join(root, *path.split("/")))
+            for path, source in local.items():
+                entry = await self._upload(path, source)
                 entries.append(entry)
         except BaseException:
             await self._to_its_end(discard)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Callable
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from typing import Literal
 
 import aiofiles
 import anyio
+import anyio.lowlevel
 import pytest
 import trio
 import trio.testing
@@ -22,6 +24,7 @@ from staged import (
     InvalidPath,
     StagedError,
     StagingError,
+    StorageError,
     Unsupported,
     ValidationFailed,
     WrongState,
@@ -29,7 +32,8 @@ from staged import (
 )
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
-from staged.model import Decided, Event, Finished, Prepared, Published, Staged
+from staged.model import Decided, Entry, Event, Finished, Prepared, Published, Staged
+from staged.states import Phase
 from staged.store import Store
 from staged.testing.faults import FaultDriver, Moment
 
@@ -228,6 +232,53 @@ async def test_finishing_while_a_write_is_open_is_an_error_before_the_decision(w
     assert await anyio.to_thread.run_sync(world.files) == {}
 
 
+async def test_finishing_while_a_real_path_or_directory_is_open_is_an_error_before_the_decision(world: World) -> None:
+    for opened in ("path", "dir"):
+        with pytest.raises(WrongState) as caught:
+            async with world.process().staged_write("append") as tx:
+                await tx.write("b", b"1")
+                still_open = tx.path("d/a") if opened == "path" else tx.dir("d")
+                local = await still_open.__aenter__()
+                await anyio.Path(local if opened == "path" else f"{local}/a").write_bytes(b"1")
+        assert (caught.value.outcome, tx.receipt.phase) == ("untouched", "rolled_back")
+        # Whoever had it open ends later, and stages nothing any more.
+        with pytest.raises(StagedError):
+            await still_open.__aexit__(None, None, None)
+        assert await anyio.to_thread.run_sync(world.files) == {}
+        assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
+async def test_a_write_that_another_task_opens_after_the_checks_is_never_committed_unchecked(world: World) -> None:
+    finished = anyio.Event()
+
+    async def check(entries: Sequence[Entry]) -> None:
+        assert [entry.path for entry in entries] == ["a"]
+        tasks.start_soon(write_late)
+        await anyio.sleep(0.01)
+
+    async def write_late() -> None:
+        late = tx.open("late")
+        while True:
+            try:
+                await late.__aenter__()
+                break
+            except WrongState:  # the checks run
+                await anyio.lowlevel.checkpoint()
+        await late.write(b"1")
+        await finished.wait()
+        with pytest.raises(StagedError):
+            await late.__aexit__(None, None, None)
+
+    async with anyio.create_task_group() as tasks:
+        with pytest.raises(WrongState, match="still being written") as caught:
+            async with world.process().staged_write("full_drop", validate=[check]) as tx:
+                await tx.write("a", b"1")
+        finished.set()
+    assert (caught.value.outcome, tx.receipt.phase) == ("untouched", "rolled_back")
+    assert await anyio.to_thread.run_sync(world.files) == {}
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
 async def test_a_write_that_fails_leaves_nothing_and_what_was_staged_before_stays(world: World) -> None:
     async def breaks() -> AsyncIterator[bytes]:
         yield b"x" * (3 << 20)
@@ -271,6 +322,72 @@ async def test_bytes_text_files_streams_and_paths_are_staged_alike(world: World,
     assert files == dict.fromkeys(["d/file", "d/stream", "d/anyio", "e/path.bin", "many/x/one"], data)
 
 
+async def test_all_bytes_of_an_array_are_staged_whatever_its_items_and_dimensions(world: World) -> None:
+    small = memoryview(bytes(range(96))).cast("B").cast("i", [2, 3, 4])
+    large = memoryview(array("d", range(300_000)))
+    deep = large.cast("B").cast("d", [300, 100, 10])
+    views: dict[str, list[memoryview]] = {"small": [small], "large": [large], "deep": [small, deep, small]}  # type: ignore[list-item]
+    async with world.process().staged_write("append") as tx:
+        for name, chosen in views.items():
+            async with tx.open(name) as file:
+                for view in chosen:
+                    assert await file.write(view) == view.nbytes
+    wanted = {"small": small.tobytes(), "large": large.tobytes()}
+    wanted["deep"] = wanted["small"] + wanted["large"] + wanted["small"]
+    assert await anyio.to_thread.run_sync(world.files) == wanted
+    assert tx.receipt.bytes == sum(map(len, wanted.values()))
+
+
+@pytest.mark.parametrize(
+    "refused", ["a link", "a link to nowhere", "a pipe", "a bad name", "below a staged file", "staged"]
+)
+async def test_a_directory_with_one_file_that_is_refused_stages_nothing_of_it(world: World, refused: str) -> None:
+    if (world.kind, refused) == ("memory", "below a staged file"):
+        pytest.skip("Only a real directory cannot hold it; elsewhere the plan refuses it.")
+    async with world.process().staged_write("append") as tx:
+        await tx.write("d/kept", b"1")
+        await tx.write("m", b"1")
+        with pytest.raises(StagedError):
+            async with tx.dir() as local:
+                root = anyio.Path(local)
+                for name in ("a", "d/a", "z"):
+                    await (root / name).parent.mkdir(exist_ok=True)
+                    await (root / name).write_bytes(b"2")
+                match refused:
+                    case "a link":
+                        await (root / "n").symlink_to("a")
+                    case "a link to nowhere":
+                        await (root / "n").symlink_to("nowhere")
+                    case "a pipe":
+                        await anyio.to_thread.run_sync(os.mkfifo, root / "n")
+                    case "a bad name":
+                        await (root / "con").write_bytes(b"2")
+                    case "below a staged file":
+                        await (root / "m").mkdir()
+                        await (root / "m" / "x").write_bytes(b"2")
+                    case "staged":
+                        await (root / "m").write_bytes(b"2")
+        assert [entry.path for entry in tx.entries] == ["d/kept", "m"]
+    assert await anyio.to_thread.run_sync(world.files) == {"d/kept": b"1", "m": b"1"}
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
+async def test_a_directory_of_which_one_file_cannot_be_uploaded_stages_nothing_of_it() -> None:
+    async def gate(name: str, moment: Moment) -> None:
+        if (name, moment) == ("close z", "before"):
+            raise StorageError("out of reach")
+
+    storage = MemoryStorage()
+    async with open_store(FaultDriver(MemoryDriver(storage=storage), gate)).staged_write("append") as tx:
+        await tx.write("kept", b"1")
+        with pytest.raises(StagingError, match="out of reach"):
+            async with tx.dir() as local:
+                for name in ("a", "m", "z"):
+                    await anyio.Path(local, name).write_bytes(b"2")
+    assert storage.below("target") == {"kept": b"1"}
+    assert storage.uploads == {}
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_an_open_file_of_aiofiles_is_a_stream(world: World, tmp_path: os.PathLike[str]) -> None:
     source = anyio.Path(tmp_path) / "source"
@@ -289,6 +406,30 @@ async def test_a_check_that_refuses_leaves_the_target_untouched(world: World) ->
             await tx.write("a", b"1")
     assert isinstance(caught.value.__cause__, ValueError)
     assert tx.receipt.phase == "rolled_back"
+
+
+async def test_a_cancellation_inside_a_check_rolls_back(world: World) -> None:
+    async def slow(entries: Sequence[Entry]) -> None:
+        checking.set()
+        await anyio.sleep_forever()
+
+    async def run(end: Callable[[], Awaitable[object]]) -> None:
+        await end()
+
+    store = world.process()
+    for step in ("prepare", "commit"):
+        checking = anyio.Event()
+        tx = await store.begin("append", validate=[slow])
+        await tx.write("a", b"1")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(run, getattr(tx, step))
+            await checking.wait()
+            tasks.cancel_scope.cancel()
+        assert tx.receipt.phase == "rolled_back"
+        assert await anyio.to_thread.run_sync(world.leftovers) == []
+    async with store.staged_write("append", lock_timeout=0) as tx:
+        await tx.write("b", b"1")
+    assert await anyio.to_thread.run_sync(world.files) == {"b": b"1"}
 
 
 # --------------------------------------------------------------------------------------------------- across processes
@@ -331,6 +472,29 @@ async def test_a_prepared_transaction_survives_a_busy_target_and_commits_later(w
     assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
 
 
+async def test_ignore_on_a_full_target_ends_as_skipped_without_a_block_too(world: World) -> None:
+    store = world.process()
+    early = [await store.begin("ignore") for _ in range(2)]
+    async with store.staged_write("append") as tx:
+        await tx.write("a", b"1")
+    late = [await store.begin("ignore") for _ in range(2)]
+    assert [tx.skipped for tx in (*early, *late)] == [False, False, True, True]
+    for tx, prepares in zip((*early, *late), (True, False, True, False), strict=True):
+        await tx.write("b", b"1")
+        if prepares:
+            empty_then = not tx.skipped
+            await tx.prepare()
+            assert tx.phase is (Phase.PREPARED if empty_then else Phase.ROLLED_BACK)
+        receipt = await tx.commit()
+        assert (receipt.phase, receipt.files, tx.skipped) == ("skipped", 0, True)
+        assert await tx.commit() == receipt
+        with pytest.raises(WrongState):
+            await tx.write("c", b"1")
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+    assert (await store.status()).commits == 1
+
+
 async def test_work_done_twice_under_one_key_is_done_once(world: World) -> None:
     store = world.process()
     for attempt in range(2):
@@ -360,6 +524,45 @@ async def test_an_append_that_another_commit_overtook_on_its_names_is_a_conflict
         await slow.commit()
     assert caught.value.retryable
     assert await anyio.to_thread.run_sync(world.files) == {"a": b"fast"}
+
+
+async def test_a_delete_of_a_file_that_another_commit_replaced_since_is_a_conflict_and_no_lost_update(
+    world: World,
+) -> None:
+    store = world.process()
+    async with store.staged_write("append") as tx:
+        await tx.write("p/a", b"1")
+        await tx.write("q/b", b"1")
+    for mode in ("append", "overwrite_files", "overwrite_partitions"):
+        slow = await store.begin(mode)
+        await slow.write("p/new", b"slow")
+        await slow.delete("q/b")
+        async with store.staged_write("overwrite_files") as tx:
+            await tx.write("q/b", mode.encode())
+        with pytest.raises(Conflict) as caught:
+            await slow.commit()
+        assert (caught.value.outcome, slow.receipt.phase) == ("untouched", "rolled_back")
+        assert await anyio.to_thread.run_sync(world.files) == {"p/a": b"1", "q/b": mode.encode()}
+
+
+async def test_meta_that_grows_too_large_by_merging_is_refused_with_the_target_untouched(world: World) -> None:
+    store = world.process()
+    for name in ("first", "second"):
+        async with store.staged_write("append", meta={name: "x" * 7_000}) as tx:
+            await tx.write(name, b"1")
+    kept = await store.meta()
+    blocks = await store.begin("append", meta={"third": "x" * 7_000})
+    await blocks.write("third", b"1")
+    with pytest.raises(InvalidInput, match="16384") as caught:
+        await blocks.commit()
+    assert (caught.value.outcome, caught.value.transaction) == ("untouched", blocks.id)
+    assert blocks.receipt.phase == "rolled_back"
+    assert await anyio.to_thread.run_sync(world.files) == {"first": b"1", "second": b"1"}
+    assert await store.meta() == kept
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+    async with store.staged_write("append", lock_timeout=0, meta={"first": "x" * 8_000}) as tx:
+        await tx.write("third", b"1")
+    assert (await store.meta()).keys() == {"first", "second"}
 
 
 async def test_gc_at_zero_leaves_the_target_and_nothing_else_but_keeps_the_keys(world: World) -> None:
@@ -434,6 +637,49 @@ async def test_a_closed_store_refuses_work(world: World) -> None:
     assert open_one.receipt.phase == "rolled_back"
     with pytest.raises(WrongState):
         await store.begin("append")
+    assert await anyio.to_thread.run_sync(world.leftovers) == []
+
+
+class _Closes(MemoryDriver):
+    closed = False
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("failing", range(3))
+async def test_closing_a_store_goes_on_after_one_transaction_that_could_not_be_rolled_back(failing: int) -> None:
+    async def gate(name: str, moment: Moment) -> None:
+        if name == f"read tx/{stuck}/record":
+            raise StorageError("out of reach")
+
+    storage, stuck = MemoryStorage(), ""
+    driver = _Closes(storage=storage)
+    store = open_store(FaultDriver(driver, gate))
+    open_ones = [await store.begin("append") for _ in range(3)]
+    prepared = await store.begin("append")
+    await prepared.prepare()
+    stuck = open_ones[failing].id
+    with pytest.raises(StorageError, match="out of reach"):
+        await store.aclose()
+    assert driver.closed
+    assert [tx.phase is Phase.ROLLED_BACK for tx in open_ones] == [n != failing for n in range(3)]
+    other = open_store(MemoryDriver(storage=storage))
+    assert (await other.recover()).rolled_back == (stuck,), "its lease was not given back"
+    await (await other.resume(prepared.id)).rollback()
+
+
+async def test_closing_a_store_while_being_cancelled_still_leaves_nothing_open(world: World) -> None:
+    with anyio.CancelScope() as scope:
+        async with world.process() as store:
+            open_ones = [await store.begin("append") for _ in range(3)]
+            prepared = await store.begin("append")
+            await prepared.prepare()
+            scope.cancel()
+            await anyio.sleep(1)
+    assert scope.cancelled_caught
+    assert [tx.phase for tx in open_ones] == [Phase.ROLLED_BACK] * 3
+    await (await world.process().resume(prepared.id)).rollback()
     assert await anyio.to_thread.run_sync(world.leftovers) == []
 
 

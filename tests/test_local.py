@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -52,15 +53,21 @@ async def load(store: Store, mode: str, **files: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- swaps
 
 
-async def test_full_drop_swaps_the_tree_and_carries_the_targets_mode_along(tmp_path: Path) -> None:
+async def test_full_drop_swaps_the_tree_and_carries_the_targets_mode_owner_and_attributes_along(tmp_path: Path) -> None:
     target = tmp_path / "target"
     store = open_store(target)
     await load(store, "full_drop", a="1")
     before = target.stat().st_ino
     target.chmod(0o2750)
     os.setxattr(target, "user.owner", b"me")
+    os.setxattr(target, "user.empty", b"")
+    owner = (4_001, 4_002) if os.geteuid() == 0 else (os.geteuid(), os.getgroups()[-1])
+    os.chown(target, *owner)
+    target.chmod(0o2750)  # giving a directory away clears its bits
     await load(store, "full_drop", b="2")
     assert target.stat().st_ino != before
+    assert (target.stat().st_uid, target.stat().st_gid) == owner
+    assert os.getxattr(target, "user.empty") == b""
     assert stat.S_IMODE(target.stat().st_mode) == 0o2750
     assert os.getxattr(target, "user.owner") == b"me"
     assert await read(target) == {"b": "2"}
@@ -152,7 +159,9 @@ async def test_a_target_that_is_a_file_or_lies_in_a_control_area_is_refused(tmp_
         open_store(tmp_path, nonsense=1)
 
 
-async def test_every_spelling_of_a_target_shares_one_control_area(tmp_path: Path) -> None:
+async def test_every_spelling_of_a_target_shares_one_control_area(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     await load(open_store(tmp_path / "link" / "target"), "append", a="1")
@@ -160,7 +169,26 @@ async def test_every_spelling_of_a_target_shares_one_control_area(tmp_path: Path
     await load(open_store(f"file://{tmp_path}/real/target"), "append", c="1")
     assert (await open_store(tmp_path / "real").child("target").status()).commits == 3
     (tmp_path / "alias").symlink_to("real/target")
-    assert (await open_store(tmp_path / "alias").status()).commits == 3
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "real" / "below").symlink_to(tmp_path / "elsewhere" / "deep")
+    monkeypatch.chdir(tmp_path / "real")
+    spellings = [
+        "target",
+        "./target/",
+        "../link/target",
+        "below/../../real/target",
+        "target/../target",
+        "//" + os.getcwd() + "/target",
+    ]
+    spellings += [str(tmp_path / "alias"), f"{tmp_path}/elsewhere/../alias/"]
+    stores = [await anyio.to_thread.run_sync(open_store, spelling) for spelling in spellings]
+    monkeypatch.chdir(tmp_path)  # a relative target is the one that it was when the store was opened
+    for number, store in enumerate(stores):
+        assert (await store.status()).commits == 3 + number, store.url
+        await load(store, "append", **{f"n{number}": "1"})
+    areas = [str(path.relative_to(tmp_path)) async for path in anyio.Path(tmp_path).rglob("_staged")]
+    assert areas == ["real/_staged"]
+    assert os.listdir(tmp_path / "real" / "_staged") == ["target"]
 
 
 async def test_a_symbolic_link_in_the_target_or_the_staging_never_leads_out(tmp_path: Path) -> None:
@@ -185,6 +213,29 @@ async def test_a_symbolic_link_in_the_target_or_the_staging_never_leads_out(tmp_
         await tx.write("z", "1")
     await store.gc(older_than=timedelta(0))
     assert await read(outside) == {"kept": "kept"}
+
+
+async def test_a_partition_that_is_a_link_or_a_file_is_refused_before_the_decision(tmp_path: Path) -> None:
+    target, outside = tmp_path / "target", tmp_path / "outside"
+    (outside / "p").mkdir(parents=True)
+    (outside / "kept").write_text("kept")
+    (outside / "p" / "kept").write_text("kept")
+    store = open_store(target)
+    await load(store, "append", **{"real/x": "1", "file": "1"})
+    (target / "link").symlink_to(outside)
+    (target / "loop").symlink_to("loop")
+    (target / "inner").symlink_to("real")
+    before = await read(target)
+    for partition in ("link", "link/p", "loop", "inner", "file", "file/p"):
+        for empty in (True, False):
+            with pytest.raises(StagedError) as caught:
+                async with store.staged_write("overwrite_partitions", partitions=[partition], allow_empty=True) as tx:
+                    if not empty:
+                        await tx.write(f"{partition}/new", "1")
+            assert (caught.value.outcome, caught.value.retryable) == ("untouched", False), partition
+            assert (await read(target), await read(outside)) == (before, {"kept": "kept", "p/kept": "kept"})
+    assert (await store.status()).commits == 1
+    assert {path.name for path in target.iterdir()} == {"real", "file", "link", "loop", "inner"}
 
 
 async def test_a_link_swapped_in_for_a_directory_while_writing_never_leads_out(tmp_path: Path) -> None:
@@ -318,25 +369,52 @@ async def test_a_thread_that_outlives_its_caller_keeps_the_lock_and_none_starts_
         pytest.fail("work started after release")
 
 
-def test_a_forked_child_does_not_keep_a_lock_alive(tmp_path: Path) -> None:
+def test_a_lock_that_is_released_is_free_although_a_copy_of_its_descriptor_is_still_open(tmp_path: Path) -> None:
+    def opened() -> int:
+        return os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+
+    file = opened()
+    copy = os.dup(file)  # as a child has one that is being forked right now
+    lock = CountedLock.take(file)
+    assert lock is not None
+    lock.release()
+    again = CountedLock.take(opened())
+    assert again is not None
+    again.release()
+    os.close(copy)
+
+
+def test_a_forked_child_has_no_lock_of_its_parents_can_unlock_none_and_keeps_none_alive(tmp_path: Path) -> None:
     program = f"""
-import os, sys
+import os, signal, sys, time
 from staged.drivers._posix import CountedLock
-from staged.drivers.local import LocalDriver
+from staged.errors import StorageError
 take = lambda: CountedLock.take(os.open({str(tmp_path / "lock")!r}, os.O_RDWR | os.O_CREAT))
 lock = take()
-read, write = os.pipe()
-ready, forked = os.pipe()
-if os.fork() == 0:
-    os.write(forked, b"x")
-    os.read(read, 1)  # outlives the release
+forked, outlived = os.pipe(), os.pipe()
+if (child := os.fork()) == 0:
+    try:
+        with lock.work():
+            os.write(forked[1], b"the child works under it")
+    except StorageError:
+        pass
+    lock.release()
+    lock.release()
+    os.write(forked[1], b".")
+    os.close(outlived[1])
+    os.read(outlived[0], 1)  # until the parent dies
+    for _ in range(1_000):
+        if (again := take()) is not None:
+            break
+        time.sleep(0.005)
+    os.write(1, b"taken" if again is not None else b"kept alive by the child of a dead parent")
     os._exit(0)
-os.read(ready, 1)
-lock.release()
-assert take() is not None, "the child kept it"
-os.write(write, b"x")
+assert os.read(forked[0], 100) == b"."
+assert take() is None, "the child unlocked it"
+os.kill(os.getpid(), signal.SIGKILL)
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
+    died = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=False)
+    assert (died.returncode, died.stdout) == (-signal.SIGKILL, b"taken")
 
 
 async def test_recover_never_touches_a_live_transaction_and_clears_a_dead_one_at_once(tmp_path: Path) -> None:
@@ -363,6 +441,71 @@ anyio.run(main)
     assert (await store.outcome(dead)).state == "rolled_back"
     await live.commit()
     assert await read(target) == {"a": "1"}
+
+
+async def test_one_damaged_record_of_a_transaction_does_not_keep_the_others_from_being_recovered(
+    tmp_path: Path,
+) -> None:
+    target = tmp_path / "target"
+    program = f"""
+import anyio, os, signal
+from staged import open_store
+async def main():
+    store = open_store({str(target)!r})
+    for _ in range(5):
+        tx = await store.staged_write("append").__aenter__()
+        await tx.write("dead", "1")
+        print(tx.id)
+    print(flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+anyio.run(main)
+"""
+    died = await anyio.run_process([sys.executable, "-c", program], check=False)
+    ids = sorted(died.stdout.decode().split())
+    damaged = {ids[0]: b"damaged", ids[2]: b"slot 1 3 0\n" * 100}
+    for tx, garbage in damaged.items():
+        await anyio.Path(tmp_path / "_staged" / "target" / "tx" / tx / "record").write_bytes(garbage)
+    store = open_store(target)
+    status = await store.status()
+    assert set(status.damaged) == damaged.keys()
+    assert {transaction.id for transaction in status.transactions} == set(ids) - damaged.keys()
+    recovered = await store.recover()
+    assert set(recovered.rolled_back) == set(ids) - damaged.keys()
+    assert set(recovered.damaged) == damaged.keys()
+    assert set((await store.gc(older_than=timedelta(0))).damaged) == damaged.keys(), "nothing is known of them"
+    await load(store, "append", a="1")
+    assert await read(target) == {"a": "1"}
+
+
+async def leftovers(area: anyio.Path) -> set[str]:
+    """What a process leaves in the control area that died within a single call."""
+    return {str(path.relative_to(area)) async for path in area.rglob("*.tmp")}
+
+
+async def test_gc_sweeps_what_a_call_left_that_was_killed_halfway_and_nothing_of_one_that_lives(tmp_path: Path) -> None:
+    target, area = tmp_path / "target", anyio.Path(tmp_path / "_staged" / "target")
+    store = open_store(target)
+    await load(store, "full_drop", a="1")
+    locks: list[CountedLock] = []
+    for directory in (area, area / "log", area / "outcome"):
+        for name in ("dead", "live"):
+            await (directory / f"{name}-0.0123abcd.tmp").write_bytes(b"half")
+        lock = CountedLock.take(os.open(directory / "live-0.0123abcd.tmp", os.O_RDWR))
+        assert lock is not None
+        locks.append(lock)
+    before, laid = await read(target), await leftovers(area)
+    assert len(laid) == 6
+    await store.recover()
+    assert await leftovers(area) == laid, "only gc sweeps"
+    for age in (timedelta(days=1), timedelta(0)):
+        await store.gc(older_than=age)
+        assert await leftovers(area) == {name for name in laid if "live" in name}
+    for lock in locks:
+        lock.release()
+    await store.gc()
+    assert await leftovers(area) == set()
+    assert await read(target) == before
+    await load(store, "append", b="1")
 
 
 async def test_loop_shutdown_in_a_commit_leaves_old_or_new_and_no_lock(tmp_path: Path) -> None:

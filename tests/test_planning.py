@@ -100,6 +100,7 @@ def oracle(case: Case, store: Capabilities) -> Files | None:
         or any(replaced(path) and RESERVED in path.split("/") for path in old)
         or (store.nests and new.keys() & {key(path) for path in case.directories})
         or (store.nests and any(below(one, other) for one in new for other in old))
+        or (store.nests and any(one == other or below(one, other) for one in partitions for other in old))
     ):
         return None
     return {path: identity for path, identity in old.items() if not replaced(path) and path not in drops} | new

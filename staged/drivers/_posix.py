@@ -14,7 +14,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from staged.errors import StorageError
 
@@ -189,7 +189,11 @@ def open_below(path: str | int, parts: Sequence[str], *, create: bool = False) -
 
 def clear_directory(fd: int) -> None:
     """Remove everything below a directory, following no link and crossing no mount."""
-    device = os.fstat(fd).st_dev
+    found = os.fstat(fd)
+    device = found.st_dev
+    if found.st_mode & stat.S_IRWXU != stat.S_IRWXU:
+        with suppress(PermissionError):
+            os.fchmod(fd, stat.S_IRWXU)  # one that was closed to its own owner
     with os.scandir(fd) as entries:
         names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
     for name, is_dir in names:

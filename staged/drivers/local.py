@@ -331,8 +331,8 @@ class LocalDriver(Driver):
                 seen += 1
             if seen != len(recorded):
                 raise StagingError("A staged file is gone.")
-            self._take_after_target(tree)
             self._check_places(tree, directories)
+            self._take_after_target(tree)
             try:
                 self._sync_staged(tx, tree, recorded, directories)
             except OSError as error:
@@ -370,9 +370,13 @@ class LocalDriver(Driver):
                 with suppress(PermissionError):  # an owner that we may not give away stays ours
                     os.fchown(tree, owner, group)
             os.fchmod(tree, stat.S_IMODE(model.st_mode))
-            for name in os.listxattr(target):
-                with suppress(PermissionError):
-                    os.setxattr(tree, name, os.getxattr(target, name))
+            try:
+                for name in os.listxattr(target):
+                    with suppress(PermissionError):
+                        os.setxattr(tree, name, os.getxattr(target, name))
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    raise
 
     def _check_places(self, tree: int, directories: Collection[str]) -> None:
         """Refuse before the decision what the target's directories would refuse after it."""
@@ -430,13 +434,31 @@ class LocalDriver(Driver):
             for path, status in seen.items():
                 if status is None or not stat.S_ISREG(status.st_mode):
                     raise StagingError(f"{path!r} is not a regular file.")
-            for directory, group in by_directory(found, str):
+            grouped = by_directory(found, str)
+            with opened(fd, "tree", create=True) as tree:
+                self._check_fits(tree, grouped)
+            for directory, group in grouped:
                 parts = list(filter(None, directory.split("/")))
                 with opened(source, *parts) as below, opened(fd, "tree", *parts, create=True) as tree:
                     for path in group:
                         name = path.rpartition("/")[2]
                         os.rename(name, name, src_dir_fd=below, dst_dir_fd=tree)
             return [Entry(path, status.st_size, file_identity(status), path) for path, status in seen.items() if status]
+
+    @staticmethod
+    def _check_fits(tree: int, grouped: Sequence[tuple[str, Sequence[str]]]) -> None:
+        """Refuse, before anything is moved, what would be a file and a directory at once."""
+        for directory, group in grouped:
+            try:
+                with opened(tree, *filter(None, directory.split("/"))) as fd:
+                    for path in group:
+                        here = status_of(fd, path.rpartition("/")[2])
+                        if here is not None and stat.S_ISDIR(here.st_mode):
+                            raise StagingError(f"{path!r} is a directory of what is staged already.")
+            except FileNotFoundError:
+                continue
+            except NotADirectoryError as error:
+                raise StagingError(f"{directory!r} lies below a file that is staged already.") from error
 
     # -------------------------------------------------------------------------------------------------------- the target
 

@@ -29,4 +29,7 @@ _OPENS: tuple[tuple[str, tuple[StepName, ...], StepName], ...] = (
 
 def step_after(step: StepName, call: str) -> StepName:
     """The step that a commit is at when its driver gets this call."""
-    return next((then for name, now, then in _OPENS if step in now and call.startswith(name)), step)
+    for name, now, then in _OPENS:
+        if step in now and call.startswith(name):
+            return then
+    return step
