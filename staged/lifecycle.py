@@ -515,11 +515,12 @@ class Transaction(Staging):
         if outcome.state in ("committed", "committing"):
             self._end(Phase.IN_DOUBT, outcome.receipt)
             raise Fenced(f"Transaction {self.id} is {outcome.state} by another process.", transaction=self.id)
-        if self._lease is None and self._entries:
+        if self._lease is None and (self._entries or self._handles):
             # No lock kept others from rolling it back earlier: what was staged since then only we can find.
             await commit.quietly(
                 self._target.driver.discard(self.id, [entry.handle for entry in self._entries.values()], whole=True)
             )
+            await commit.quietly(discard(self._target, self.id))
         self._end(Phase.ROLLED_BACK, Receipt(self.id, mode, why, key=key))
 
     def _end(self, phase: Phase, receipt: Receipt | None) -> None:
