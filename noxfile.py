@@ -1,4 +1,4 @@
-"""Sessions: `nox` tests on the current interpreter; `nox -s lint` checks style and types."""
+"""Sessions: `nox` tests on the current interpreter; `nox -l` tells of the others."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check")
     session.run("mypy")
     session.run("pyright")
+
+
+@nox.session
+def mutants(session: nox.Session) -> None:
+    """Take away, one at a time, the checks that the promises rest on: which test notices?"""
+    install(session, "test")
+    session.run("python", "tests/mutants.py", *session.posargs)
 
 
 @nox.session
