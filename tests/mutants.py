@@ -20,7 +20,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-EXPLORED = "tests/test_exploration.py"
 LIFE = "tests/test_lifecycle.py"
 MODES = "tests/test_modes.py"
 KIT = "tests/test_conformance.py"
@@ -32,6 +31,8 @@ WRITERS = "tests/test_writers.py"
 CANCEL = "tests/test_cancellation.py"
 PLACES = "tests/test_places.py"
 STRANGERS = "tests/test_strangers.py"
+# The quickest first: a sample of faults, many by seed, many writers; then every history.
+EXPLORED = (f"{KIT} -k TestMemory", "tests/test_exploration.py -k many_faults", WRITERS, "tests/test_exploration.py")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ MUTANTS = [
         "control.py",
         "found is not None and found.body == body:",
         "False:",
-        (EXPLORED,),
+        EXPLORED,
     ),
     Mutant(
         "a swap that is there but not durable is written again",
@@ -81,42 +82,42 @@ MUTANTS = [
         "commit.py",
         'while (lock := await target.driver.lock("lock")) is None:',
         "while False:",
-        (EXPLORED,),
+        EXPLORED,
     ),
     Mutant(
         "a silent holder is waited for, for a period",
         "commit.py",
         "if anyio.current_time() - silent_since >= target.store.period:",
         "if True:",
-        (KIT, EXPLORED),
+        EXPLORED,
     ),
     Mutant(
         "a sign of life starts the period anew",
         "commit.py",
         "                silent_since = anyio.current_time()\n",
         "                pass\n",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "the owner stamps its record under the head",
         "commit.py",
         "return await swap(driver, record_key(record.id), stamped, found[1], durable=False) is not None",
         "return True",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "a transaction that another resumed is refused",
         "commit.py",
         "if found[0].owner != record.owner:",
         "if False:",
-        (LIFE, EXPLORED),
+        (LIFE, *EXPLORED),
     ),
     Mutant(
         "its own outcome is looked up under the head",
         "commit.py",
         '(outcome := await read_outcome(driver, record.id)) is not None and outcome.state == "committed"',
         "False",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "the key is looked up under the head",
@@ -138,7 +139,7 @@ MUTANTS = [
         "commit.py",
         "if await held.move(states.free(undecided)):",
         "if True:",
-        (EXPLORED,),
+        EXPLORED,
     ),
     Mutant(
         "a decision read back is made durable",
@@ -166,7 +167,7 @@ MUTANTS = [
         "commit.py",
         'if head.transaction == tx and head.state is HeadState.COMMITTED:\n        return Outcome(tx, "committing", epoch=head.epoch)',
         "if False:\n        pass",
-        (LIFE, EXPLORED),
+        (LIFE, *EXPLORED),
     ),
     # Publish, remove, finish
     Mutant(
@@ -174,14 +175,14 @@ MUTANTS = [
         "commit.py",
         "        if stuck:\n            await held.check()\n",
         "        if stuck:\n",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "what is kept out is discarded before the head is freed",
         "commit.py",
         "            await target.driver.discard(tx, [entry.handle for entry in foreign], whole=False)\n",
         "",
-        (LOCAL, STRANGERS, EXPLORED),
+        (LOCAL, STRANGERS, *EXPLORED),
     ),
     Mutant(
         "the outcome is written before the head is freed",
@@ -202,7 +203,7 @@ MUTANTS = [
         "commit.py",
         "if freed and decided.ledger is not None:",
         "if decided.ledger is not None:",
-        (EXPLORED, SYNCS, CALLS),
+        (*EXPLORED, SYNCS, CALLS),
     ),
     # Recovery
     Mutant(
@@ -210,35 +211,35 @@ MUTANTS = [
         "recovery.py",
         "        if head.transaction == tx:\n",
         "        if False:\n",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "abort refuses what is being completed",
         "recovery.py",
         "if head.transaction == tx and head.state is HeadState.COMMITTED:",
         "if False:",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "abort looks at the outcome",
         "recovery.py",
         'if ended is not None and ended.state == "committed":',
         "if False:",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "abort swaps the token that it read first",
         "recovery.py",
         "replace(record, state=TxState.ABORTED, nonce=states.new_id()),\n                token,",
         "replace(record, state=TxState.ABORTED, nonce=states.new_id()),\n                (await read_record(target.driver, tx) or found)[1],",
-        (EXPLORED, WRITERS),
+        EXPLORED,
     ),
     Mutant(
         "only its owner rolls a resumed transaction back",
         "recovery.py",
         "if own and record.owner != owner:",
         "if False:",
-        (LIFE, EXPLORED, WRITERS),
+        (LIFE, *EXPLORED),
     ),
     Mutant(
         "recover leaves the live alone",
@@ -266,7 +267,7 @@ MUTANTS = [
         "recovery.py",
         "if not is_id(tx) or tx == head.transaction:",
         "if not is_id(tx):",
-        (RACES, EXPLORED),
+        (RACES, *EXPLORED),
     ),
     # Lifecycle and staging
     Mutant(
@@ -281,7 +282,7 @@ MUTANTS = [
         "lifecycle.py",
         " and commit.transaction != completing",
         "",
-        (LIFE, EXPLORED),
+        (LIFE, *EXPLORED),
     ),
     Mutant(
         "what is staged is sealed",
