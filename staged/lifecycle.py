@@ -111,8 +111,8 @@ class Transaction(Staging):
         self._validating = False
         self._abandoned = False
         self._ending = anyio.Lock()
-        self._began = anyio.current_time()
-        self._staged_at = self._began
+        self._began: float | None = anyio.current_time()
+        self._staged_at: float | None = None
 
     # ------------------------------------------------------------------------------------------------------------- begin
 
@@ -188,6 +188,7 @@ class Transaction(Staging):
             self._entries = {paths.fold(entry.path): entry for entry in await read_manifest(driver, found[0].manifest)}
             self._deletes = list(record.deletes)
             self._phase = Phase.PREPARED
+            self._began, self._staged_at = None, self._began
             return self
         except BaseException:
             if lease is not None:
@@ -527,9 +528,9 @@ class Transaction(Staging):
         self._phase = advance(self._phase, phase)
         if receipt is not None:
             now = anyio.current_time()
-            self._receipt = replace(
-                receipt, staging_seconds=self._staged_at - self._began, commit_seconds=now - self._staged_at
-            )
+            staged_at = now if self._staged_at is None else self._staged_at
+            staging = None if self._began is None else staged_at - self._began
+            self._receipt = replace(receipt, staging_seconds=staging, commit_seconds=now - staged_at)
             notify(self._target.observers, Finished(self.id, self._receipt))
         self._let_go()
 

@@ -310,7 +310,8 @@ class Receipt:
         key: Its key.
         left: Entries neither published nor removed because something foreign stood in their place.
         staging_seconds: From begin to the end of the block, None where this process does not know.
-        commit_seconds: From there until the commit was visible, None where this process does not know.
+        commit_seconds: From there, or from its resumption, until the commit was visible, None where this process does
+            not know.
     """
 
     id: str

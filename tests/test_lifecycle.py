@@ -199,6 +199,28 @@ async def test_the_receipt_is_refused_until_the_end(world: World) -> None:
             _ = tx.receipt
 
 
+async def test_a_receipt_counts_as_staging_what_came_before_the_end_of_the_block(world: World) -> None:
+    store = world.process()
+    with pytest.raises(ZeroDivisionError):
+        async with store.staged_write("append") as failed:
+            await failed.write("a", b"1")
+            raise ZeroDivisionError
+    assert failed.receipt.staging_seconds, "a block that failed was staging until then"
+    assert not failed.receipt.commit_seconds
+    async with store.staged_write("append") as committed:
+        await committed.write("a", b"1")
+    assert committed.receipt.staging_seconds
+    assert committed.receipt.commit_seconds
+    prepared = await store.begin("append")
+    await prepared.write("b", b"1")
+    await prepared.prepare()
+    await store.aclose()
+    resumed = await world.process().resume(prepared.id)
+    receipt = await resumed.commit()
+    assert receipt.staging_seconds is None, "another process knows"
+    assert receipt.commit_seconds is not None
+
+
 # ------------------------------------------------------------------------------------------------------------- staging
 
 
