@@ -7,9 +7,10 @@ cancellation finds either an undecided transaction, which is rolled back, or a d
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
 
@@ -39,6 +40,9 @@ from staged.records import check_key, check_meta
 from staged.recovery import abort
 from staged.staging import Staging
 from staged.states import ENDED, Phase, advance
+
+if TYPE_CHECKING:
+    from staged.arrow import FileSystem, ParquetWriter
 
 __all__ = ["Block", "Check", "Options", "Transaction"]
 
@@ -220,10 +224,41 @@ class Transaction(Staging):
         """
         from staged import arrow
 
-        if path is None:
-            path = f"part-{self.id}-{self._numbers:05d}.parquet"
-            self._numbers += 1
-        await arrow.write_table(self, data, path, overwrite)
+        await arrow.write_table(self, data, self._new_name() if path is None else path, overwrite)
+
+    def parquet_writer(
+        self, schema: object, path: str | None = None, *, overwrite: bool = False
+    ) -> AbstractAsyncContextManager[ParquetWriter]:
+        """One Parquet file, written in pieces: `async with tx.parquet_writer(schema) as w: await w.write(batch)`.
+
+        A clean exit stages it with its rows; an exception leaves nothing of it.
+
+        Args:
+            schema: Anything with `__arrow_c_schema__`, such as a pyarrow schema.
+            path: Where; without it a unique name that carries the transaction's id.
+
+        Raises:
+            Unsupported: pyarrow is not installed (extra `arrow`). Else as `write`.
+        """
+        from staged import arrow
+
+        if schema is None:
+            raise InvalidInput("parquet_writer needs a schema, such as table.schema.")
+        return arrow.parquet_writer(self, schema, self._new_name() if path is None else path, overwrite)
+
+    def filesystem(self, prefix: str = "", *, overwrite: bool = False) -> AbstractAsyncContextManager[FileSystem]:
+        """A `pyarrow.fs.FileSystem`, for pyarrow.dataset, pandas and Polars: each file becomes a staged one below `prefix`.
+
+        It is synchronous, for use in a worker thread; its paths are relative, and parsed like all others. A clean exit
+        stages what is there; an exception discards it.
+
+        Raises:
+            Unsupported: pyarrow is not installed (extra `arrow`).
+            WrongState: A file of it is still open for writing. Else as `dir`.
+        """
+        from staged import arrow
+
+        return arrow.filesystem(self, prefix, overwrite)
 
     async def plan(self) -> Plan:
         """What a commit would do now; another commit may change it.
@@ -347,6 +382,11 @@ class Transaction(Staging):
             elif self._phase in (Phase.COMMITTING, Phase.IN_DOUBT):
                 wrong.outcome = "unknown"
             raise wrong
+
+    def _new_name(self) -> str:
+        """A name that no other transaction uses: an append never collides, and no reader mixes two generations."""
+        self._numbers += 1
+        return f"part-{self.id}-{self._numbers - 1:05d}.parquet"
 
     def _work(self) -> Work:
         options = self._options
