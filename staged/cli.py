@@ -23,8 +23,9 @@ from anyio import to_thread
 from staged import paths
 from staged.errors import Busy, CommitIncomplete, InvalidInput, StagedError
 from staged.lifecycle import Transaction
-from staged.model import Decided, Event, Mode, Outcome, Prepared, Receipt, Recovered, Resolve, Staged, Status
+from staged.model import Mode, Outcome, Receipt, Recovered, Resolve, Status
 from staged.observers import Observer
+from staged.progress import rich_progress
 from staged.states import Phase
 from staged.store import open_store
 
@@ -202,23 +203,12 @@ def _bar(files: Sequence[_File]) -> Iterator[Observer]:
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.fields[done]}/{task.fields[files]} files", markup=False),
+        TextColumn(f"{{task.fields[files]}}/{len(files)} files", markup=False),
         DownloadColumn(),
         TransferSpeedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("staging", total=sum(file.size for file in files), done=0, files=len(files))
-
-        def observe(event: Event) -> None:
-            match event:
-                case Staged(entry=entry):
-                    progress.update(task, advance=entry.size, done=progress.tasks[0].fields["done"] + 1)
-                case Prepared():
-                    progress.update(task, description="waiting for the commit")
-                case Decided():
-                    progress.update(task, description="publishing")
-
-        yield observe
+        yield rich_progress(progress, total=sum(file.size for file in files))
 
 
 # ------------------------------------------------------------------------------------------------ looking and repairing

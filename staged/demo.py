@@ -29,15 +29,16 @@ import pyarrow.parquet as pq
 from anyio import to_thread
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from staged.cli import status_table
 from staged.errors import InvalidInput, StagedError
 from staged.lifecycle import Transaction
-from staged.model import Decided, Event, Finished, HeadState, Mode, Prepared, Receipt, Staged, TxState
+from staged.model import Decided, Event, HeadState, Mode, Prepared, Receipt, TxState
 from staged.paths import RESERVED
 from staged.pinning import pinned
+from staged.progress import rich_progress
 from staged.store import Store, open_store
 
 __all__ = ["FLIGHTS", "Line", "run", "table"]
@@ -211,32 +212,6 @@ class _Reader:
 # ------------------------------------------------------------------------------------------------------------- the show
 
 
-class _Bars:
-    """A progress bar for each load, driven by nothing but a store's events."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.title = ""
-        self._progress = progress
-        self._tasks: dict[str, TaskID] = {}
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Staged) and event.transaction not in self._tasks:
-            self._tasks[event.transaction] = self._progress.add_task(self.title, total=len(_MONTHS), state="staging")
-        task = self._tasks.get(event.transaction)
-        if task is None:
-            return
-        match event:
-            case Staged():
-                self._progress.advance(task)
-            case Prepared():
-                self._progress.update(task, state="prepared")
-            case Decided():
-                self._progress.update(task, state="decided")
-            case Finished(receipt=receipt):
-                self._progress.update(task, state=receipt.phase.replace("_", " "))
-                self._progress.stop_task(task)
-
-
 class _Show:
     """The acts of the demo, in order; each adds its lines."""
 
@@ -246,12 +221,11 @@ class _Show:
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TextColumn("months, {task.fields[state]}"),
+            TextColumn("months"),
             console=console,
         )
         self._directory = directory
         self._year = year
-        self._bars = _Bars(self.progress)
         self._revision = 0
 
     async def first_load(self) -> None:
@@ -276,7 +250,7 @@ class _Show:
             with pinned(directory) as here:
                 return _count(here)
 
-        async with self._open("") as store:
+        async with open_store(self._directory) as store:
             swaps = "one_generation" in (await store.capabilities()).guarantees[Mode.FULL_DROP]
         promise = "" if swaps else " (this file system cannot swap trees, so nothing is promised to readers)"
         # Under the same names a straddling reader gets a mixture; under fresh names it gets file-not-found.
@@ -308,15 +282,14 @@ class _Show:
                 for reader in readers:
                     tasks.start_soon(to_thread.run_sync, reader.loop, stop)
                 try:
-                    async with self._open("") as store:
-                        for number in range(1, _CORRECTIONS // 2 + 1):
-                            self._bars.title = f"Correction {number}, {names}"
+                    for number in range(1, _CORRECTIONS // 2 + 1):
+                        async with self._open(f"Correction {number}, {names}") as store:
                             receipts.append(await self._load(store, fresh=fresh))
-                            # Two more counts each, the second of which began after the load: every load is seen. The
-                            # readers are asked, since nothing crosses from a thread into the loop.
-                            goals = [(reader, reader.counts + 2) for reader in readers]
-                            while any(reader.counts < goal for reader, goal in goals):  # noqa: ASYNC110
-                                await anyio.sleep(0.005)
+                        # Two more counts each, the second of which began after the load: every load is seen. The
+                        # readers are asked, since nothing crosses from a thread into the loop.
+                        goals = [(reader, reader.counts + 2) for reader in readers]
+                        while any(reader.counts < goal for reader, goal in goals):  # noqa: ASYNC110
+                            await anyio.sleep(0.005)
                 finally:
                     stop.set()
         except BaseExceptionGroup as group:
@@ -349,13 +322,13 @@ class _Show:
         before = await self._fingerprint()
         self._say(f"A load that is killed (SIGKILL) just {when} the decision; then `staged status`:")
         died = await _run_child(self._directory, self._revision + 1, when)
-        async with self._open("") as store:
+        async with open_store(self._directory) as store:
             status = await store.status()
             self._say(status_table(status))
             recovered = await store.recover()
             left = (await store.status()).transactions
         known = status.committing or "".join(tx.id for tx in status.transactions)
-        async with self._open("") as store:
+        async with open_store(self._directory) as store:
             outcome = await store.outcome(known)
         seen = await self._seen()
         if when == "before":
@@ -421,8 +394,8 @@ class _Show:
     # ---------------------------------------------------------------------------------------------------- for the above
 
     def _open(self, title: str) -> Store:
-        self._bars.title = title
-        return open_store(self._directory, observers=[self._bars])
+        bars = rich_progress(self.progress, title=title, total=len(_MONTHS), unit="files")
+        return open_store(self._directory, observers=[bars])
 
     async def _load(self, store: Store, *, key: str | None = None, fresh: bool = False) -> Receipt:
         """Load the year under the next revision."""

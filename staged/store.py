@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -31,7 +31,7 @@ from staged.model import (
     Status,
     TransactionStatus,
 )
-from staged.observers import Observer
+from staged.observers import Callback, Observer, compose
 from staged.records import is_id
 from staged.recovery import collect, recover
 from staged.states import ENDED, Phase
@@ -47,13 +47,13 @@ _DRIVERS = {
 
 
 def open_store(
-    target: str | os.PathLike[str] | Driver, *, observers: Sequence[Observer] = (), **options: object
+    target: str | os.PathLike[str] | Driver, *, observers: Iterable[Observer | Callback] = (), **options: object
 ) -> Store:
     """Open a store; this writes and probes nothing.
 
     Args:
         target: A directory (`/lake/flights`, `file:///lake/flights`), another backend's URL, or a driver.
-        observers: Called with each event; see `staged.model.Event`.
+        observers: Called with each event; see `staged.model.Event`. A `Callback` of fsspec's is taken as well.
         options: The driver's own, checked by name: `durability="full"` or `"none"`, `staging=` (local).
 
     Returns:
@@ -66,7 +66,7 @@ def open_store(
     if isinstance(target, Driver):
         if options:
             raise InvalidInput(f"A driver is configured already; {', '.join(options)} cannot be passed with it.")
-        return Store(target, observers)
+        return Store(target, compose(observers))
     text = os.fspath(target)
     if not isinstance(text, str):
         raise InvalidInput("A target is a str, a path or a driver.")
@@ -77,7 +77,7 @@ def open_store(
     for option in options:
         if option not in known:
             raise InvalidInput(f"There is no option {option!r} for this store; its options are {', '.join(known)}.")
-    return Store(driver_class(rest, **options), observers)
+    return Store(driver_class(rest, **options), compose(observers))
 
 
 def _split(target: str) -> tuple[str, str]:
@@ -97,9 +97,9 @@ def _split(target: str) -> tuple[str, str]:
 class Store:
     """One target on one backend. Safe for many tasks at once, and for many processes."""
 
-    def __init__(self, driver: Driver, observers: Sequence[Observer] = ()) -> None:
+    def __init__(self, driver: Driver, observers: tuple[Observer, ...] = ()) -> None:
         self._driver = driver
-        self._observers = tuple(observers)
+        self._observers = observers
         self._target: Target | None = None
         self._open: set[Transaction] = set()
         self._closed = False

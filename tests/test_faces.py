@@ -528,7 +528,7 @@ def exercise(fs: Any) -> list[object]:
         with fs.open_output_stream(path) as stream:
             stream.write(content)
 
-    def tell(infos: list[pyarrow.fs.FileInfo]) -> list[object]:
+    def tell(infos: list[pyarrow.fs.FileInfo]) -> object:
         return sorted((info.path, str(info.type), info.size) for info in infos)
 
     def failing(operation: Callable[[], object]) -> object:
