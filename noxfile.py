@@ -19,7 +19,7 @@ def install(session: nox.Session, *groups: str) -> None:
 def tests(session: nox.Session) -> None:
     """Everything that must hold, on the current interpreter, in a few minutes."""
     install(session, "test")
-    session.run("pytest", *session.posargs)
+    session.run("pytest", "--numprocesses=2", *session.posargs)
 
 
 @nox.session

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
 
-_FIGURES = pytest.StashKey[dict[str, str]]()
-
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> str:
@@ -28,18 +26,22 @@ def nothing_blocks(request: pytest.FixtureRequest) -> Iterator[BlockBuster | Non
 
 
 @pytest.fixture
-def figure(pytestconfig: pytest.Config) -> Callable[[str, str], None]:
+def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     """Print a figure in the run's summary."""
 
     def note(name: str, text: str) -> None:
-        pytestconfig.stash.setdefault(_FIGURES, {})[name] = text
+        # Travels with the report, also from a worker process.
+        request.node.user_properties.append(("figure", f"{name}: {text}"))
 
     return note
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    figures = config.stash.get(_FIGURES, {})
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    ended = [report for reports in terminalreporter.stats.values() for report in reports if hasattr(report, "when")]
+    figures = [
+        text for report in ended if report.when == "call" for name, text in report.user_properties if name == "figure"
+    ]
     if figures:
         terminalreporter.section("figures")
-        for name, text in figures.items():
-            terminalreporter.write_line(f"{name}: {text}")
+        for text in figures:
+            terminalreporter.write_line(text)
