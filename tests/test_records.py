@@ -508,7 +508,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("meta", ODD, ids=lambda meta: repr(meta)[:30] if 10**6000 not in meta.values() else "10**6000")
+@pytest.mark.parametrize("meta", ODD, ids=lambda meta: repr(meta)[:16] if 10**6000 not in meta.values() else "10**6000")
 def test_a_meta_that_json_cannot_carry_is_refused_by_value_error(meta: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         check_meta(meta)
