@@ -86,11 +86,14 @@ class Victim:
     def write(self, target: str, work: Work) -> None:
         """Do the work, and die."""
         start, started = os.pipe()
+        victim = os.getpid()
         if self.delay is not None and os.fork() == 0:
             os.close(started)
             if os.read(start, 1):
                 time.sleep(self.delay)
-                os.kill(os.getppid(), signal.SIGKILL)
+                # Until the writer is waited for nobody else has its number; once it is, somebody else is our parent.
+                if os.getppid() == victim:
+                    os.kill(victim, signal.SIGKILL)
             os._exit(0)
         count = 0
 
