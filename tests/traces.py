@@ -123,7 +123,8 @@ class _Call:
         elif call.startswith(("mkdir", "rmdir", "unlink")):
             (place,) = self._places()
             if place is not None and call.startswith("mkdir"):
-                log.create("mkdir", *place, is_directory=True)
+                if place[1] not in log.now.names[place[0]]:  # else it is what was there before, being laid
+                    log.create("mkdir", *place, is_directory=True)
             elif place is not None:
                 log.remove("rmdir" if call == "rmdir" or "AT_REMOVEDIR" in self.text else "unlink", *place)
         elif call.startswith(("rename", "link")):
