@@ -26,11 +26,13 @@ from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver
 from staged.lifecycle import Transaction
 from staged.model import Decided, Event, Head, Prepared
+from staged.observers import Observer
 from staged.records import decode
 from staged.states import ENDED, Phase
 from staged.store import Store
-from staged.testing.exploration import Files, Kind, MemoryHarness, Work
+from staged.testing.exploration import Kind, MemoryHarness, Work
 from staged.testing.faults import Crash, FaultDriver, Gate, Moment
+from staged.testing.harness import Files
 
 _NEXT = {"next": b"next"}
 Backend = Literal["asyncio", "trio"]
@@ -48,7 +50,7 @@ Way = Literal[
     "store fails",
 ]
 """How the work is cancelled, on what occasion. "shutdown": its loop ends. "hang": the store never answers, so that the
-grace runs out. "store fails": from then on every call fails."""
+grace runs out. "store fails": from then on every further call fails."""
 
 WAYS: tuple[tuple[Backend, Way], ...] = (
     ("asyncio", "scope"),
@@ -120,7 +122,7 @@ class Canceller:
             self.struck_natively = True
             self.cancel_again()
             await _let_it_arrive()
-        if self.struck is not None and self.way == "store fails":
+        if self.struck is not None and self.way == "store fails" and moment == "before" and after > 0:
             raise StorageError("The store is gone.")
 
     def hear(self, event: Event) -> None:
@@ -156,7 +158,7 @@ def run(backend: Backend, way: Way, gate: Canceller, work: Callable[[], Awaitabl
             _, others = errors.split(Ended)
             if others is not None:
                 raise others.exceptions[0] from errors
-    elif way == "scope" or way in TORN:
+    elif way in ("scope", "hang", "no grace"):
         asyncio.run(scoped(gate, work, said))
     elif way == "timeout":
         asyncio.run(timed(gate, work, said))
@@ -272,8 +274,8 @@ class World:
             )
         return driver if gate is None else FaultDriver(driver, gate)
 
-    def store(self) -> Store:
-        return open_store(self.driver())
+    def store(self, *observers: Observer) -> Store:
+        return open_store(self.driver(), observers=observers)
 
     async def dies(self, work: Callable[[Store], Awaitable[object]], at: str) -> None:
         """A process that dies just before this call."""
@@ -484,7 +486,7 @@ def _expected(scenario: Scenario, scene: Scene, calm: Scene | None, torn: bool) 
     if scenario.decided or calm is None or scene.gate.struck is None:
         return scenario.new
     # Who is torn off has decided once the swap was applied; who is waited out, once it was asked for.
-    decision = calm.gate.decision("after" if torn else "before")
+    decision = calm.gate.decision("after" if torn and scene.gate.way != "store fails" else "before")
     return scenario.prior if scene.gate.number < decision else scenario.new
 
 
@@ -546,15 +548,21 @@ async def _go_on(scene: Scene, scenario: Scenario, expected: Files) -> list[str]
 
 
 class Stopper:
-    """Stops a worker thread just before its n-th system call on a file, until it is let go.
+    """Stops a worker thread just before its n-th system call on files, until it is let go.
+
+    Args:
+        only: Count only those that name this file first.
+        after: Count only from this event on.
 
     Attributes:
         stopped: What the thread was about to do.
         strike: Called, from that thread, when it stops.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, only: str | None = None, after: type[Event] | None = None) -> None:
         self.number = number
+        self.only = only
+        self.after = after
         self.count = 0
         self.stopped: str | None = None
         self.strike: Callable[[], object] = lambda: None
@@ -565,6 +573,13 @@ class Stopper:
     def go(self) -> None:
         """Let it go on."""
         self._go.set()
+
+    def begin(self) -> None:
+        """Count from now on, unless an event is waited for."""
+        self.armed = self.after is None
+
+    def hear(self, event: Event) -> None:
+        self.armed = self.armed or (self.after is not None and isinstance(event, self.after))
 
     def __enter__(self) -> Stopper:
         global _stopper  # noqa: PLW0603 - an audit hook can be added, but never removed
@@ -584,7 +599,7 @@ class Stopper:
             self.count += 1
             mine = self.count == self.number
         if mine:
-            self.stopped = f"{event} {args[0]!r}"
+            self.stopped = f"{event} {args[:1]!r}"
             self.strike()
             self._go.wait()
 
@@ -606,6 +621,7 @@ def _audit(event: str, args: tuple[object, ...]) -> None:
     if (
         stopper is not None
         and stopper.armed
+        and (stopper.only is None or args[:1] == (stopper.only,))
         and (event == "open" or event.startswith(("os.", "fcntl.")))
         and threading.get_ident() != threading.main_thread().ident
     ):
@@ -613,12 +629,15 @@ def _audit(event: str, args: tuple[object, ...]) -> None:
 
 
 def stop_a_thread(
-    backend: Backend, number: int, work: Work, prior: Files, root: str, *, grace: float
-) -> tuple[Stopper, str, list[str]]:
-    """Cancel a block whose thread is stopped at its n-th system call, let it leave, and let the thread go on under the next ones.
+    backend: Backend, stopper: Stopper, work: Work, prior: Files, root: str, *, grace: float, patient: bool = False
+) -> tuple[str, list[str]]:
+    """Cancel a block whose thread is stopped, let it leave, and let the thread go on under the next ones.
+
+    Args:
+        patient: Let the next one come to its end before.
 
     Returns:
-        What stopped, how the block ended, and what was wrong.
+        How it ended, and what was wrong.
     """
     world = World(None, prior, root)
     transactions: list[Transaction] = []
@@ -626,7 +645,7 @@ def stop_a_thread(
     wrong: list[str] = []
 
     async def block() -> None:
-        async with world.store().staged_write(work.mode, grace=grace) as tx:
+        async with world.store(stopper.hear).staged_write(work.mode, grace=grace) as tx:
             transactions.append(tx)
             for name, data in work.files[:-1]:
                 await tx.write(name, data)
@@ -645,7 +664,7 @@ def stop_a_thread(
             else:
                 loop = asyncio.get_running_loop()
                 stopper.strike = lambda: loop.call_soon_threadsafe(scope.cancel)
-            stopper.armed = True
+            stopper.begin()
             await block()
         stopper.armed = False
         said.append("cancelled" if scope.cancelled_caught else "returned")
@@ -663,14 +682,14 @@ def stop_a_thread(
         except Exception as error:
             wrong.append(f"the next one: {error!r}")
 
-    with Stopper(number) as stopper:
+    with stopper:
         anyio.run(victim, backend=backend)
         if said != ["returned" if stopper.stopped is None else "cancelled"]:
             wrong.append(f"it {said[0]}")
         # It is served at once, or has to wait for what the thread holds.
         served = threading.Thread(target=next_one)
         served.start()
-        served.join(0.02)
+        served.join(None if patient else 0.02)
         before = world.files()
         stopper.go()
         served.join()
@@ -706,4 +725,4 @@ def stop_a_thread(
 
     asyncio.run(clean_up())
     ended = "new" if world.files() == new | _NEXT else "old"
-    return stopper, f"{ended}, the next one {said[-1]}", wrong
+    return f"{ended}, the next one {said[-1]}", wrong

@@ -230,12 +230,15 @@ def commit_twice(target: str, work: Work, fails: Callable[[int], bool], first: W
 
 def syncs(root: str, factor: int) -> None:
     """The n-th sync fails, for every n; then every sync from there on. With factor 1 only some of them in the first commit."""
-    ways: list[tuple[Work, Way, int]] = [
-        (work, Work.__call__, every) for work, every in zip(WORKS, (1, 8, 1, 8), strict=True)
+    ways: list[tuple[Work, Way, int, int]] = [
+        (WORKS[0], Work.__call__, 1, 1),
+        (WORKS[1], Work.__call__, 8, 12),
+        (WORKS[1], resumed, 2, 12),
+        (WORKS[2], Work.__call__, 1, 12),
+        (WORKS[3], Work.__call__, 8, 12),
     ]
-    ways.append((WORKS[1], resumed, 2))
-    for at, (work, way, every) in enumerate(ways):
-        for name, stride in (("one", every), ("all from there", 9)):
+    for at, (work, way, one, all_on) in enumerate(ways):
+        for name, stride in (("one", one), ("all from there", all_on)):
             for number in range(1 + at % stride, 27 if factor == 1 else 200, max(1, stride // factor)):
                 fails = number.__eq__ if name == "one" else number.__le__
                 target = lay(root, PRIOR)
@@ -248,18 +251,18 @@ def syncs(root: str, factor: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- full disks
 
 
-def commit_on_a_full_disk(target: str, work: Work, number: int, limit: int) -> str:
-    """During the n-th call of the driver that writes no file grows beyond the limit; what the caller hears."""
-    calls, struck, free = 0, False, resource.getrlimit(resource.RLIMIT_FSIZE)
+def commit_on_a_full_disk(target: str, work: Work, calls: tuple[str, ...], number: int, limit: int) -> str:
+    """During the n-th of such calls of the driver no file grows beyond the limit; what the caller hears."""
+    count, struck, free = 0, False, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     async def gate(name: str, moment: Moment) -> None:
-        nonlocal calls, struck
+        nonlocal count, struck
         resource.setrlimit(resource.RLIMIT_FSIZE, free)
-        if moment == "before" and name.partition(" ")[0] in ("write", "close", "put_segment", "cas"):
-            if calls == number:
+        if moment == "before" and name.partition(" ")[0] in calls:
+            if count == number:
                 struck = True
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, free[1]))
-            calls += 1
+            count += 1
 
     async def run() -> str:
         store = open_store(FaultDriver(LocalDriver(target, durability="none"), gate))
@@ -272,19 +275,27 @@ def commit_on_a_full_disk(target: str, work: Work, number: int, limit: int) -> s
 
 def disks(root: str, factor: int) -> None:
     """At every call that writes, the disk is full at some place of a record, of a segment or of a staged file."""
-    slot = 128 * 1024
-    for work in (WORKS[2], Work(Mode.FULL_DROP, (("large", LARGE), ("small", b"s" * 2_000)))):
+    slot, large = 128 * 1024, Work(Mode.FULL_DROP, (("large", LARGE), ("small", b"s" * 2_000)))
+    ways = [
+        (WORKS[2], ("cas", "put_segment"), 100),
+        (large, ("write", "close"), 1_000),
+        (large, ("write", "close"), 1_100_000),
+    ]
+    # A record has four places, by turns.
+    ways += [
+        (WORKS[2], ("cas",), at * slot + some) for at in (1, 2, 3) for some in (60, 400)[: 1 if factor == 1 else 2]
+    ]
+    for work, calls, limit in ways:
         new = work.apply(PRIOR)
         assert new is not None
-        for at, limit in enumerate((0, 100, 1_000, slot + 60, slot + 400, 1_100_000)):
-            for number in range(at % 4 if factor == 1 else 0, 100, 4 if factor == 1 else 1):
-                target = lay(root, PRIOR)
-                said = heard(lambda: commit_on_a_full_disk(target, work, number, limit))  # noqa: B023 - run at once
-                if said == "nothing failed":
-                    break
-                states = allowed(said, PRIOR, new) if said in SAID else []
-                ok = in_child(lambda: check(target, states)) == 0  # noqa: B023
-                say(work=str(work), call=number, limit=limit, said=said, ok=ok)
+        for number in range(100):
+            target = lay(root, PRIOR)
+            said = heard(lambda: commit_on_a_full_disk(target, work, calls, number, limit))  # noqa: B023 - run at once
+            if said == "nothing failed":
+                break
+            states = allowed(said, PRIOR, new) if said in SAID else []
+            ok = in_child(lambda: check(target, states)) == 0  # noqa: B023
+            say(work=str(work), call=number, limit=limit, said=said, ok=ok)
 
 
 # ------------------------------------------------------------------------------------- renames that may replace what is there

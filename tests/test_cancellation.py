@@ -5,24 +5,40 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
-from cancelling import Backend, Canceller, Report, Scenario, Scene, Way, World, scoped, stop_a_thread, sweep, timed
+from cancelling import (
+    Backend,
+    Canceller,
+    Report,
+    Scenario,
+    Scene,
+    Stopper,
+    Way,
+    World,
+    scoped,
+    stop_a_thread,
+    sweep,
+    timed,
+)
 
 from staged import Exists, StagingError, StorageError, open_store
 from staged.commit import Stop, acquire
 from staged.control import Target
 from staged.drivers.local import LocalDriver
 from staged.lifecycle import Transaction
-from staged.model import Mode
+from staged.model import Decided, Mode
 from staged.store import Store
 from staged.testing.exploration import KINDS, PRIORS, Kind, Work
+from staged.testing.faults import Moment
 
 Figure = Callable[[str, str], None]
 SOAK = int(os.environ.get("STAGED_SOAK", "1"))
@@ -108,6 +124,12 @@ async def every_verb(scene: Scene) -> None:
     except Mine as error:
         assert error is mine
         assert not hasattr(error, "__notes__")
+
+
+async def begin(scene: Scene) -> None:
+    """Only the way into a block that then finds nothing to do."""
+    async with scene.store.staged_write("ignore", grace=scene.grace):
+        scene.gate.armed = False
 
 
 async def refused_by_a_check(scene: Scene) -> None:
@@ -226,6 +248,7 @@ async def wait(scene: Scene) -> None:
 
 
 OTHERS = [
+    Scenario("begin", OLD, None, begin),
     Scenario("every verb", OLD, None, every_verb, threads=True),
     Scenario("a check that refuses", OLD, None, refused_by_a_check),
     Scenario("a conflict", OLD, None, refused_by_the_target),
@@ -260,9 +283,8 @@ def test_a_block_cancelled_at_any_await_ends_old_or_new_and_its_caller_hears_of_
 def test_all_else_cancelled_at_any_await_keeps_the_same_promises(figure: Figure, tmp_path: Path) -> None:
     report = Report()
     for scenario in OTHERS:
-        # Threads take their time.
-        every, kinds = (60, KINDS[:1]) if scenario.threads else (30, KINDS)
-        for kind in kinds:
+        every = {"begin": 3, "every verb": 60}.get(scenario.name, 30)
+        for kind in KINDS[:1] if scenario.threads else KINDS:
             sweep(report, scenario, kind, str(tmp_path), every=max(1, every // SOAK))
     check(report, 1_000, "all else", figure)
 
@@ -382,6 +404,31 @@ def test_a_write_that_is_cancelled_is_staged_whole_or_not_at_all_and_its_block_g
     figure("cancellation, of a write in a block that goes on", ", ".join(f"{n} {end}" for end, n in found.items()))
 
 
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", [KINDS[0], None], ids=["memory", "directory"])
+async def test_a_file_that_lost_a_write_to_a_cancellation_takes_no_more_and_is_not_staged(
+    kind: Kind | None, tmp_path: Path
+) -> None:
+    world = await anyio.to_thread.run_sync(lambda: World(kind, {}, str(tmp_path)))
+
+    async def gate(name: str, moment: Moment) -> None:
+        if (name, moment) == ("write a", "after"):
+            await anyio.lowlevel.checkpoint()
+
+    async with open_store(world.driver(gate)).staged_write("append") as tx:
+        await tx.write("a", b"whole")
+        with pytest.raises(StagingError, match="nothing of the file is staged"):
+            async with tx.open("a", overwrite=True) as file:
+                await file.write(b"1" * 600_000)
+                with anyio.CancelScope() as scope:
+                    scope.cancel()
+                    await file.write(b"2" * 600_000)
+                assert scope.cancelled_caught
+                with pytest.raises(StagingError):
+                    await file.write(b"3")
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"whole"}
+
+
 # --------------------------------------------------------------------------------------- threads that outlive their callers
 
 
@@ -389,15 +436,17 @@ def test_a_thread_that_outlives_its_caller_never_writes_into_the_target_or_a_lat
     figure: Figure, tmp_path: Path
 ) -> None:
     """Stopped at any of its system calls: of a staged write, an adoption, a lock, a decision, a publication, a rollback."""
-    every = max(1, 40 // SOAK)
+    every = max(1, 80 // SOAK)
     found: Counter[str] = Counter()
     works = [WORKS[0], WORKS[3], WORKS[5]]
     backends: list[Backend] = ["asyncio", "trio"]
-    for shift, ((work, prior), backend) in enumerate(itertools.product(works, backends)):
-        for number in range(random.Random(shift).randint(1, every), 10**6, every):
-            root = f"{tmp_path}/{work.mode}-{backend}-{number}"
+    for (work, prior), backend, only in itertools.product(works, backends, (None, "lock", "lease", "head")):
+        first = 1 if only else random.Random(f"{work} {backend}").randint(1, every)
+        for number in range(first, 10**6, every if only is None else max(1, 4 // SOAK)):
+            root = f"{tmp_path}/{work.mode}-{backend}-{only}-{number}"
+            stopper = Stopper(number, only=only)
             grace = 0.03 * (number % 2)
-            stopper, ended, wrong = stop_a_thread(backend, number, work, PRIORS[prior], root, grace=grace)
+            ended, wrong = stop_a_thread(backend, stopper, work, PRIORS[prior], root, grace=grace)
             assert not wrong, (work, backend, number, stopper.stopped, wrong)
             if stopper.stopped is None:
                 break
@@ -405,6 +454,58 @@ def test_a_thread_that_outlives_its_caller_never_writes_into_the_target_or_a_lat
     ends = ", ".join(f"{count} {name}" for name, count in sorted(found.items()))
     figure("cancellation, with a thread stopped at a system call", f"{found.total()} stops: {ends}")
     assert found.total() >= 30
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_thread_that_still_publishes_keeps_the_lock_from_the_next_one(backend: Backend, tmp_path: Path) -> None:
+    for work, prior in (WORKS[0], WORKS[3], WORKS[5]):
+        stopper = Stopper(1, after=Decided)
+        root = f"{tmp_path}/{work.mode}"
+        ended, wrong = stop_a_thread(backend, stopper, work, PRIORS[prior], root, grace=0.0, patient=True)
+        assert not wrong
+        assert stopper.stopped is not None
+        assert ended == "new, the next one busy"
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_an_adoption_that_outlives_its_caller_and_the_rest_of_the_block_never_lands_in_the_target(
+    backend: Backend, tmp_path: Path
+) -> None:
+    """The block goes on without waiting for it, and commits: alone, or refused because of what it did not record."""
+    world = World(None, OLD, str(tmp_path))
+    stopper = Stopper(1, only="late")  # the rename into the staged tree
+    stopped = threading.Event()
+    stopper.strike = stopped.set
+
+    async def block() -> None:
+        async with world.store().staged_write("full_drop", grace=0.0) as tx:
+            await tx.write("a", b"new")
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(cancel, scope)
+                    async with tx.path("late") as local:
+                        await anyio.Path(local).write_bytes(b"late")
+                        stopper.begin()
+            threading.Timer(0.1, stopper.go).start()
+
+    async def cancel(scope: anyio.CancelScope) -> None:
+        await anyio.to_thread.run_sync(stopped.wait)
+        scope.cancel()
+
+    async def wait_for_the_thread() -> None:
+        while (await world.store().gc(older_than=timedelta(0))).alive:
+            await anyio.sleep(0.01)
+
+    expected = {"a": b"new"}
+    with stopper:
+        try:
+            anyio.run(block, backend=backend)
+        except StagingError:
+            expected = OLD
+        anyio.run(wait_for_the_thread)
+    assert stopper.stopped is not None
+    assert world.files() == expected
+    assert world.left() == []
 
 
 @pytest.mark.anyio

@@ -105,7 +105,7 @@ def test_a_write_that_falls_short_never_becomes_a_record_a_segment_or_a_staged_f
     found = cases([sys.executable], "disks", tmp_path / "root")
     said = Counter(str(line["said"]) for line in found)
     figure("full disks", f"{len(found)}, {', '.join(f'{count} {what}' for what, count in sorted(said.items()))}")
-    assert len(found) >= 40
+    assert len(found) >= 30
     assert {"committed", "incomplete", "untouched"} <= said.keys()
 
 
