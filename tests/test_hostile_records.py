@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_records import forge
 
-from staged import StagedError, open_store
+from staged import DamagedRecord, StagedError, open_store
 from staged.drivers import _slots
 from staged.drivers.local import LocalDriver
 from staged.model import Mode
@@ -320,6 +320,28 @@ def spoil(pick: Pick, lake: Lake) -> None:
             (lake.area / key).unlink()
     if pick.up_to(4):
         lake.sign()
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["manifest", "plan"])
+async def test_a_sound_segment_of_another_commit_is_not_taken_for_the_one_that_was_decided(
+    kind: str, tmp_path: Path
+) -> None:
+    lake = Lake(tmp_path)
+    await lake.lay(FILES, "publish")
+    mine, other = sorted(
+        (key for key in lake.listed() if f"-{kind}-" in key), key=lambda key: os.stat(lake.area / key).st_mtime_ns
+    )[::-1]
+    lake.put(mine, lake.body(other))
+
+    def seen() -> object:
+        return lake.outside(), {path: path.read_bytes() for path in lake.target.rglob("*") if path.is_file()}
+
+    before = seen()
+    async with open_store(lake.target) as store:
+        with pytest.raises(DamagedRecord, match="digest"):
+            await store.recover()
+    assert seen() == before
 
 
 def test_whatever_the_records_say_nothing_outside_is_touched_and_every_error_is_one_of_ours(figure: Figure) -> None:
