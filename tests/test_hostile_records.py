@@ -323,6 +323,28 @@ def spoil(pick: Pick, lake: Lake) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("segment", ["log/", "ledger-"])
+async def test_nothing_is_decided_on_a_segment_whose_name_was_taken(segment: str, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    inner = LocalDriver(str(target), durability="none")
+    taken: list[str] = []
+
+    async def take(name: str, moment: Moment) -> None:
+        verb, _, key = name.partition(" ")
+        if verb == "put_segment" and moment == "before" and key.startswith(segment) and not taken:
+            taken.append(key)
+            assert await inner.put_segment(key, b"another's")
+
+    await crash(target, DROP, "")
+    with pytest.raises(StagedError) as raised:
+        await APPEND(open_store(FaultDriver(inner, take)))
+    assert taken
+    assert raised.value.outcome == "untouched"
+    assert {path.name for path in target.rglob("*") if path.is_file()} == {"f0", "top"}
+    assert await APPEND(open_store(target)) == "committed"
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize("kind", ["manifest", "plan"])
 async def test_a_sound_segment_of_another_commit_is_not_taken_for_the_one_that_was_decided(
     kind: str, tmp_path: Path

@@ -453,6 +453,23 @@ class DriverConformance:
         _, wrong = await replay(kind, work, PRIORS[prior], plan)
         assert not wrong, f"{wrong} under the plan {str(plan)!r}"
 
+    @_examples(3)
+    @given(WORKS.filter(lambda work: not work.deletes))
+    async def test_a_swap_whose_answer_is_lost_or_that_is_sent_twice_is_no_failure(
+        self, kind: Kind, work: Work
+    ) -> None:
+        async def commit(plan: str) -> list[str]:
+            target = kind.make()
+            driver = FaultDriver(target.process(), plan=plan)
+            assert await work(open_store(driver)) == "committed", plan
+            assert await target.files() == work.apply({}), plan
+            return driver.calls
+
+        for number, name in enumerate(await commit("")):
+            if name.startswith("cas "):
+                await commit(f"loses@{number}")
+                await commit(f"repeats@{number}")
+
     @_examples(10)
     @given(WORKS, st.sampled_from(sorted(PRIORS)))
     async def test_a_reader_at_any_moment_sees_what_is_promised_for_the_mode(
