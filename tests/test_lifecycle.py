@@ -759,3 +759,34 @@ async def test_what_a_live_transaction_stages_while_gc_takes_it_apart_goes_with_
     assert storage.below("target") == {}
     await store.gc(older_than=timedelta(0))
     assert storage.uploads == {}
+
+
+@pytest.mark.parametrize("pauses", [{"list ": 20.0}, {"list ": 20.0, "put_segment ledger-": 20.0}], ids=["one", "two"])
+def test_a_holder_that_is_slow_but_shows_signs_of_life_is_waited_for(pauses: dict[str, float]) -> None:
+    storage = MemoryStorage()
+
+    def store(gate: Callable[[str, Moment], Awaitable[None]] | None = None) -> Store:
+        driver = MemoryDriver(storage=storage, fence="consumed", period=30.0)
+        return open_store(driver if gate is None else FaultDriver(driver, gate))
+
+    async def slow(name: str, moment: Moment) -> None:
+        if moment == "before":
+            await trio.sleep(next((wait for call, wait in pauses.items() if name.startswith(call)), 0.0))
+
+    async def write(store: Store, name: str) -> None:
+        async with store.staged_write("append") as tx:
+            await tx.write(name, b"1")
+        ids.append(tx.id)
+
+    async def race() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write, store(slow), "slow")
+            await trio.sleep(1.0)
+            nursery.start_soon(write, store(), "quick")
+
+    ids: list[str] = []
+    trio.run(race, clock=trio.testing.MockClock(autojump_threshold=0))
+    assert storage.below("target") == {"slow": b"1", "quick": b"1"}
+    last = anyio.run(store().status).last
+    assert last is not None
+    assert [last.transaction] == ids[1:]
