@@ -790,3 +790,32 @@ def test_a_holder_that_is_slow_but_shows_signs_of_life_is_waited_for(pauses: dic
     last = anyio.run(store().status).last
     assert last is not None
     assert [last.transaction] == ids[1:]
+
+
+async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_and_discards_nothing() -> None:
+    storage = MemoryStorage()
+    publishing, collected = anyio.Event(), anyio.Event()
+
+    def store(gate: Callable[[str, Moment], Awaitable[None]]) -> Store:
+        return open_store(FaultDriver(MemoryDriver(storage=storage, fence="consumed"), gate))
+
+    async def decided(name: str, moment: Moment) -> None:
+        if name == "publish" and moment == "before":
+            publishing.set()
+            await collected.wait()
+
+    async def late(name: str, moment: Moment) -> None:
+        if name.startswith("cas tx/") and moment == "before" and not publishing.is_set():
+            tasks.start_soon(tx.commit)
+            await publishing.wait()
+
+    tx = await store(decided).begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    async with anyio.create_task_group() as tasks:
+        found = await store(late).gc(older_than=timedelta(0))
+        assert publishing.is_set()
+        assert found.rolled_back == ()
+        collected.set()
+    assert tx.receipt.phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
