@@ -1,0 +1,153 @@
+"""What the Azure drivers share: URLs, credentials, clients for either event loop, and the SDK's errors mapped once."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+import sniffio
+from azure.core.exceptions import AzureError, HttpResponseError
+
+from staged import paths
+from staged.drivers._cloud import Limit, Refused
+from staged.errors import InvalidInput, InvalidPath
+
+if TYPE_CHECKING:
+    from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+    from azure.core.credentials_async import AsyncTokenCredential
+
+    Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
+
+__all__ = ["Location", "Requests", "bare", "client_options"]
+
+T = TypeVar("T")
+
+_TIMEOUT = 15
+"""Seconds without an answer after which a request counts as lost: less than what the core allows for a single one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where a target is; `sas` is the query of its URL, if that held a shared access signature."""
+
+    account: str
+    container: str
+    path: str
+    sas: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> Location:
+        """Read `abfss://container@account/path` or `https://account/container/path`.
+
+        Raises:
+            InvalidInput: It is neither. No message shows the URL, which may hold a credential.
+        """
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname or ""
+            host += f":{parts.port}" if parts.port else ""
+        except ValueError:
+            raise InvalidInput("That is no URL of an Azure store.") from None
+        path = unquote(parts.path).strip("/")
+        if parts.scheme in ("abfs", "abfss"):
+            container, scheme = unquote(parts.username or ""), "https"
+        else:
+            (container, _, path), scheme = path.partition("/"), parts.scheme
+        if scheme not in ("https", "http") or not host or not container or parts.password or parts.fragment:
+            raise InvalidInput(
+                "A URL of an Azure store is abfss://container@account.dfs.core.windows.net/path, or "
+                "https://account.dfs.core.windows.net/container/path."
+            )
+        try:
+            paths.parse_prefix(path)
+        except InvalidPath as error:
+            raise InvalidInput(f"The URL's path is not one that a store takes: {error}") from None
+        return cls(f"{scheme}://{host}", container, path, parts.query or None)
+
+
+def client_options(credential: Credential | None, sas: str | None) -> dict[str, Any]:
+    """What every client is made with: the credential, no retries of its own, and a transport for the running event loop."""
+    if credential is not None and sas is not None:
+        raise InvalidInput("The URL holds a shared access signature; a credential cannot be passed beside it.")
+    if sas is not None or isinstance(credential, str) or hasattr(credential, "signature"):
+        _hide_signatures()
+    return {
+        "credential": credential if credential is not None else sas,
+        # A replay below this cannot be kept out (aiohttp does it by itself); one above it is `Limit`'s business.
+        "retry_total": 0,
+        "connection_timeout": _TIMEOUT,
+        "read_timeout": _TIMEOUT,
+        "transport": _transport(),
+    }
+
+
+def _transport() -> object:
+    if sniffio.current_async_library() == "trio":
+        from azure.core.pipeline.transport import TrioRequestsTransport
+
+        return TrioRequestsTransport()
+    from azure.core.pipeline.transport import AioHttpTransport
+
+    return AioHttpTransport()
+
+
+class _Hidden(logging.Filter):
+    """urllib3 logs whole URLs at DEBUG, and with them the signature that is the credential."""
+
+    _SIGNATURE = re.compile(r"(?i)\bsig=[^&\s\"']+")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                self._SIGNATURE.sub("sig=REDACTED", arg) if isinstance(arg, str) else arg for arg in record.args
+            )
+        return True
+
+
+_hidden = _Hidden()
+
+
+def _hide_signatures() -> None:
+    logging.getLogger("urllib3.connectionpool").addFilter(_hidden)
+
+
+def bare(etag: str) -> str:
+    """An ETag without quotes: headers have them, listings do not."""
+    return etag.strip('"')
+
+
+class Requests:
+    """Makes requests through an SDK under the limit; what fails is `Refused`, and holds nothing of the request."""
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+
+    async def __call__(self, what: str, request: Callable[[], Awaitable[T]]) -> T:
+        """Make one request, again and again where its failure may pass.
+
+        Raises:
+            Refused: With the service's status and code.
+        """
+        return await self.limit.send(lambda: _once(what, request))
+
+
+async def _once(what: str, request: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await request()
+    except HttpResponseError as error:
+        refused = _refused(what, error)
+    except AzureError:
+        refused = Refused(what)
+    # Raised here, so that nothing leads from it to the SDK's error, which holds the request with its credential.
+    raise refused
+
+
+def _refused(what: str, error: HttpResponseError) -> Refused:
+    headers: Mapping[str, str] = getattr(error.response, "headers", {})
+    after = headers.get("Retry-After", "")
+    code = headers.get("x-ms-error-code") or getattr(error, "error_code", None) or ""
+    return Refused(what, error.status_code or 0, str(code), float(after) if after.isdigit() else None)

@@ -1,0 +1,146 @@
+"""What the cloud drivers share: requests under one adaptive limit, retried; and work on many things at once.
+
+A request that is sent again may have been applied before. Every request here is made so that this does no harm, and the
+driver that sent it tells by identity what became of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import anyio
+import stamina
+
+from staged.errors import StorageError
+
+__all__ = ["Limit", "Refused", "at_once", "mapped"]
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+_ATTEMPTS = 6
+_TOO_MANY = frozenset({429, 503})
+_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+
+
+class Refused(Exception):
+    """A request was refused, or not answered; holds nothing of the request but what it was for.
+
+    Attributes:
+        status: The HTTP status; 0 where no answer came.
+        code: The service's own name for it.
+        retry_after: Seconds for which the service asked to be left alone.
+    """
+
+    def __init__(self, what: str, status: int = 0, code: str = "", retry_after: float | None = None) -> None:
+        super().__init__(what)
+        self.status, self.code, self.retry_after = status, code, retry_after
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {f'{self.status} {self.code}'.strip() if self.status else 'no answer'}."
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same request may succeed later."""
+        return self.status == 0 or self.status in _PASSING
+
+
+class Limit:
+    """How many requests run at once: halved where the service throttles, grown back by one a round while it does not.
+
+    Args:
+        most: Never more than these.
+    """
+
+    def __init__(self, most: int = 16) -> None:
+        self.most = most
+        self._now = float(most)
+        self._slots: anyio.CapacityLimiter | None = None
+        self._shrunk = float("-inf")
+        self._silent_until = float("-inf")
+
+    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+        """Make a request, and make it again where its failure may pass.
+
+        Raises:
+            Refused: It lasts.
+        """
+        async for attempt in stamina.retry_context(
+            on=_backoff, attempts=_ATTEMPTS, timeout=None, wait_initial=0.05, wait_max=5.0
+        ):
+            with attempt:
+                return await self._send_once(request)
+        raise AssertionError("unreachable")
+
+    async def _send_once(self, request: Callable[[], Awaitable[T]]) -> T:
+        if self._slots is None:
+            self._slots = anyio.CapacityLimiter(self.most)
+        # A slot belongs to the request: one task may well make two.
+        async with _Slot(self._slots):
+            if (wait := self._silent_until - anyio.current_time()) > 0:
+                await anyio.sleep(wait)
+            sent = anyio.current_time()
+            try:
+                answer = await request()
+            except Refused as error:
+                if error.status in _TOO_MANY:
+                    self._shrink(sent, error.retry_after or 0.0)
+                raise
+            self._set(min(float(self.most), self._now + 1 / self._now))
+        return answer
+
+    def _shrink(self, sent: float, silence: float) -> None:
+        now = anyio.current_time()
+        self._silent_until = max(self._silent_until, now + silence)
+        # Whatever was under way at the last halving says no more than that one did.
+        if sent > self._shrunk:
+            self._shrunk = now
+            self._set(max(1.0, self._now / 2))
+
+    def _set(self, now: float) -> None:
+        self._now = now
+        assert self._slots is not None
+        self._slots.total_tokens = int(now)
+
+
+class _Slot:
+    def __init__(self, slots: anyio.CapacityLimiter) -> None:
+        self._slots = slots
+
+    async def __aenter__(self) -> None:
+        await self._slots.acquire_on_behalf_of(self)
+
+    async def __aexit__(self, *_: object) -> None:
+        self._slots.release_on_behalf_of(self)
+
+
+def _backoff(error: Exception) -> bool | float:
+    if not isinstance(error, Refused) or not error.passing:
+        return False
+    return error.retry_after or True
+
+
+def mapped(error: Refused) -> StorageError:
+    """What a driver raises for it; a fresh error, since the SDK's own hold the request with its credential."""
+    failed = StorageError(str(error), retryable=error.passing)
+    failed.__cause__ = error
+    return failed
+
+
+async def at_once(items: Sequence[S], work: Callable[[S], Awaitable[T]], tasks: int) -> list[T]:
+    """Work on all items, so many at a time; the results in their order. The first error ends it, and is raised as itself."""
+    results: dict[int, T] = {}
+    waiting = iter(enumerate(items))
+
+    async def run() -> None:
+        for number, item in waiting:
+            results[number] = await work(item)
+
+    try:
+        async with anyio.create_task_group() as group:
+            for _ in range(min(tasks, len(items))):
+                group.start_soon(run)
+    except ExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return [results[number] for number in range(len(items))]

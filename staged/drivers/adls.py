@@ -1,0 +1,656 @@
+"""Azure Data Lake Storage Gen2: accounts with a hierarchical namespace.
+
+Bytes are written by the Blob API, where one request writes a whole file or nothing and takes a condition; names are moved by
+the Data Lake API, where one request renames a file or a tree. A rename keeps the ETag, so that the ETag of a staged file, or
+of the staged tree, tells for ever whether it was published, however often a request was sent and whatever was answered.
+
+    <parent>/_staged/<name>/head, tx/<id>.record, log/…, outcome/…   records and segments, one blob each
+    <parent>/_staged/<name>/staging/<id>/tree/…                      what a transaction staged
+    <parent>/_staged/<name>/old/…                                    trees that were swapped out
+    <parent>/_staged/<name>/foreign/…                                what a stranger put into the gap of a swap
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from email.utils import parsedate_to_datetime
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from azure.core import MatchConditions
+from azure.storage.blob import BlobBlock
+from azure.storage.blob.aio import BlobServiceClient, ContainerClient
+from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
+
+from staged.driver import Driver, LogHandle, Record
+from staged.drivers._azure import Location, Requests, bare, client_options
+from staged.drivers._cloud import Limit, Refused, at_once, mapped
+from staged.errors import Conflict, StagingError, StorageError, Unsupported
+from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
+from staged.paths import RESERVED, join
+from staged.states import new_id
+
+if TYPE_CHECKING:
+    from staged.drivers._azure import Credential
+
+__all__ = ["AdlsDriver"]
+
+_BLOCK = 8 << 20
+"""Bytes of one block of a file that is written in several; up to that a file is one request."""
+
+_PAGE = 5_000
+_TRIES = 4
+"""Looks at the trees of a swap: two renames, and as many strangers in between."""
+_WRITE = "staged"
+"""The name of the metadata that says by which write a blob came to be."""
+
+_log = logging.getLogger("staged")
+
+
+class AdlsDriver(Driver):
+    """One target in a file system of an account.
+
+    Args:
+        path: `abfss://filesystem@account.dfs.core.windows.net/path`, or the same as `https://`; it may carry a SAS.
+        credential: As the Azure SDK takes it: a token credential of `azure.identity.aio`, a SAS, an account key. For trio a
+            token credential needs a transport of its own.
+        client: A client of the caller's, which stays open, in place of a credential.
+        limit: At most so many requests at once; fewer while the service throttles.
+        period: Seconds of silence after which a writer that commits is taken for dead.
+    """
+
+    _scheme = "abfss"
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        credential: Credential | None = None,
+        client: DataLakeServiceClient | None = None,
+        limit: int = 16,
+        period: float = 30.0,
+    ) -> None:
+        self._location = Location.parse(path)
+        self._account = _Account(self._location, credential, client, limit)
+        self._period, self._owner = period, True
+        self._place(self._location.path)
+
+    def _place(self, path: str) -> None:
+        """Where the target and its control area are in the file system."""
+        self._path = path
+        self.url = f"{self._scheme}://{self._location.container}@{self._location.account.partition('://')[2]}/{path}"
+        above, _, name = path.rpartition("/")
+        self._inside = not self._can_be_renamed(path)
+        self._control = join(path, f"{RESERVED}/{RESERVED}") if self._inside else join(above, f"{RESERVED}/{name}")
+        self._written: dict[tuple[str, str], str] = {}
+
+    def _can_be_renamed(self, path: str) -> bool:
+        return bool(path)
+
+    async def probe(self) -> Capabilities:
+        await self._account.check(self.url)
+        there = await self._look(self._path) if self._path else None
+        if there is not None and not there.is_dir:
+            raise Unsupported(f"{self.url} is a file; a target is a directory.")
+        always: frozenset[Guarantee] = frozenset(("serialised", "fenced", "no_gap"))
+        guarantees = dict.fromkeys(Mode, always)
+        if not self._inside:
+            # Between the two renames there is no target; and a listing of several pages may straddle them.
+            guarantees[Mode.FULL_DROP] = always - {"no_gap"}
+        return Capabilities(fence="consumed", swaps_trees=not self._inside, period=self._period, guarantees=guarantees)
+
+    def child(self, path: str) -> AdlsDriver:
+        child = object.__new__(type(self))
+        child.__dict__.update(self.__dict__, _owner=False)
+        child._place(join(self._path, path))
+        return child
+
+    async def aclose(self) -> None:
+        if self._owner:
+            await self._account.aclose()
+
+    # ------------------------------------------------------------------------------------------------ the control area
+
+    def _key(self, key: str) -> str:
+        # Each kind of record lies in one directory, so that none is left empty by what ended.
+        kind, slash, rest = key.partition("/")
+        return f"{self._control}/{kind}{slash}{rest.replace('/', '.')}"
+
+    async def read(self, key: str) -> Record | None:
+        try:
+            found = await self._account.get(self._key(key))
+        except Refused as error:
+            raise mapped(error) from error
+        return None if found is None else Record(*found)
+
+    async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
+        try:
+            return await self._account.put(self._key(key), body, replaces=token)
+        except Refused as error:
+            if error.status in (404, 409, 412):
+                return None
+            raise mapped(error) from error
+
+    async def put_segment(self, key: str, body: bytes) -> bool:
+        return await self.cas(key, body, None, durable=False) is not None
+
+    async def list_control(self, prefix: str) -> Sequence[str]:
+        kind, slash, _ = prefix.partition("/")
+        keys = [
+            f"{kind}{slash}{name.replace('.', '/')}" if slash else name
+            async for name in self._names(join(self._control, kind if slash else ""))
+        ]
+        if kind == "tx" and slash:
+            # Staging whose record is gone is found by what lies there.
+            keys += [f"tx/{name}/staging" async for name in self._names(f"{self._control}/staging", directories=True)]
+        return sorted(key for key in keys if key.startswith(prefix))
+
+    async def _names(self, directory: str, *, directories: bool = False) -> AsyncGenerator[str, None]:
+        async for page in self._account.pages(directory, recursive=False):
+            for found in page:
+                if found.is_dir == directories:
+                    yield found.path.rpartition("/")[2]
+
+    async def delete_control(self, keys: Sequence[str]) -> None:
+        await self._delete_all([self._key(key) for key in keys if not key.endswith("/staging")])
+
+    async def age(self, key: str) -> float | None:
+        try:
+            return await self._account.age(self._key(key))
+        except Refused as error:
+            raise mapped(error) from error
+
+    # ----------------------------------------------------------------------------------------------------------- staging
+
+    def _tree(self, tx: str) -> str:
+        return f"{self._control}/staging/{tx}/tree"
+
+    async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
+        # What is staged is found by its place: nothing is to be logged.
+        return _Writer(self, tx, path)
+
+    async def seal(self, tx: str, entries: Collection[Entry]) -> None:
+        left = {join(self._tree(tx), entry.path): entry for entry in entries}
+        async for page in self._account.pages(self._tree(tx)):
+            for found in page:
+                if found.is_dir:
+                    continue
+                entry = left.pop(found.path, None)
+                if entry is None:
+                    raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
+                if (entry.identity, entry.size) != (found.identity, found.size):
+                    raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
+        if left:
+            raise StagingError(f"{next(iter(left.values())).path!r} is no longer staged.")
+
+    async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
+        try:
+            if whole:
+                await self._account.delete_tree(f"{self._control}/staging/{tx}")
+        except Refused as error:
+            raise mapped(error) from error
+        if not whole:
+            await self._delete_all([f"{self._control}/{handle}" for handle in handles])
+
+    async def _delete_all(self, names: Sequence[str]) -> None:
+        async def delete(name: str) -> None:
+            await self._account.delete(name, None)
+
+        try:
+            await at_once(names, delete, self._account.limit.most)
+        except Refused as error:
+            raise mapped(error) from error
+
+    # -------------------------------------------------------------------------------------------------------- the target
+
+    async def list(
+        self, prefix: str = "", names: Collection[str] | None = None
+    ) -> AsyncGenerator[Sequence[Listed], None]:
+        # A page costs one request, and so does a name: list for as long as that is not dearer.
+        pages = float("inf") if names is None else max(1, len(names) // self._account.limit.most)
+        seen: list[Listed] = []
+        async for page in self._account.pages(join(self._path, prefix)):
+            if pages <= 0:
+                seen = []
+                break
+            pages -= 1
+            found = [self._below(listed) for listed in page if not self._is_ours(listed.path)]
+            if names is None:
+                yield found
+            else:
+                seen += [listed for listed in found if listed.path in names]
+        else:
+            yield seen
+            return
+        assert names is not None
+        try:
+            looked = await at_once(
+                sorted(names), lambda name: self._look(join(self._path, name)), self._account.limit.most
+            )
+        except Refused as error:
+            raise mapped(error) from error
+        yield [self._below(listed) for listed in looked if listed is not None]
+
+    def _below(self, listed: Listed) -> Listed:
+        start = len(self._path) + 1 if self._path else 0
+        return Listed(listed.path[start:], listed.size, listed.identity, listed.is_dir)
+
+    def _is_ours(self, path: str) -> bool:
+        return self._inside and f"{path}/".startswith(f"{join(self._path, RESERVED)}/")
+
+    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
+        made: set[str] = set()
+
+        async def publish(entry: Entry) -> Answer:
+            source, goal = f"{self._control}/{entry.handle}", join(self._path, entry.path)
+            try:
+                await self._account.rename(source, entry.identity, goal, replaces.get(entry.path), made)
+            except Refused as error:
+                if error.status not in (404, 409, 412):
+                    raise
+                # Whatever was answered, and to which of several sendings: where it lies now is what counts.
+                return await self._found(source, goal, entry.identity)
+            return Answer.DONE
+
+        try:
+            return await at_once(entries, publish, self._account.limit.most)
+        except Refused as error:
+            raise mapped(error) from error
+
+    async def _found(self, source: str, goal: str, identity: str) -> Answer:
+        there = await self._account.head(goal)
+        if there is not None and there.identity == identity:
+            return Answer.ALREADY
+        staged = await self._account.head(source)
+        return Answer.FOREIGN if staged is not None and staged.identity == identity else Answer.LOST
+
+    async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
+        async def remove(entry: Listed) -> Answer:
+            try:
+                gone = await self._account.delete(join(self._path, entry.path), entry.identity)
+            except Refused as error:
+                if error.status in (409, 412):
+                    return Answer.FOREIGN
+                raise
+            return Answer.DONE if gone else Answer.ALREADY
+
+        try:
+            return await at_once(entries, remove, self._account.limit.most)
+        except Refused as error:
+            raise mapped(error) from error
+
+    async def _look(self, name: str) -> Listed | None:
+        try:
+            return await self._account.head(name)
+        except Refused as error:
+            raise mapped(error) from error
+
+    # --------------------------------------------------------------------------------------------------------- tree swap
+
+    async def trees(self, tx: str) -> Trees:
+        try:
+            await self._account.make_directory(self._tree(tx))
+        except Refused as error:
+            raise mapped(error) from error
+        new, target = await self._look(self._tree(tx)), await self._look(self._path)
+        if new is None:
+            raise StorageError(f"The staging of {tx} is gone.")
+        if target is not None:
+            await self._check_covers_nobody()
+        return Trees(new.identity, None if target is None else target.identity)
+
+    async def _check_covers_nobody(self) -> None:
+        async for page in self._account.pages(self._path):
+            for found in page:
+                if RESERVED in found.path[len(self._path) + 1 :].split("/"):
+                    raise Conflict.covering(found.path[len(self._path) + 1 :])
+
+    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+        tree = self._tree(tx)
+        answer = Answer.ALREADY
+        try:
+            for _ in range(_TRIES):
+                target, staged = await self._account.head(self._path), await self._account.head(tree)
+                if target is not None and target.identity == trees.new:
+                    return answer
+                if staged is None or staged.identity != trees.new:
+                    return Answer.LOST
+                if target is not None:
+                    aside = await self._aside(target, trees, old)
+                    if aside is None:
+                        return Answer.FOREIGN
+                    await self._try_rename(self._path, target.identity, aside)
+                # Nothing between the two renames: readers find no target meanwhile.
+                await self._try_rename(tree, trees.new, self._path)
+                answer = Answer.DONE
+        except Refused as error:
+            raise mapped(error) from error
+        return Answer.FOREIGN
+
+    async def _aside(self, target: Listed, trees: Trees, old: str) -> str | None:
+        """Where to put what is in the target's place; None where it was not to be replaced."""
+        aside = f"{self._control}/old/{old}"
+        if target.identity == trees.target:
+            return aside
+        moved = await self._account.head(aside)
+        if moved is None or moved.identity != trees.target:
+            return None
+        # A stranger came while there was no target.
+        foreign = f"{self._control}/foreign/{new_id()}"
+        _log.warning("Something foreign came to %s during a commit; it is kept at %s.", self.url, foreign)
+        return foreign
+
+    async def _try_rename(self, source: str, identity: str, goal: str) -> None:
+        """Rename, whatever is answered: the caller looks where things are."""
+        try:
+            await self._account.rename(source, identity, goal, None, set())
+        except Refused as error:
+            if error.status not in (404, 409, 412):
+                raise
+
+    async def trim(self, keep: int, older_than: float) -> int:
+        try:
+            old = sorted([name async for name in self._names(f"{self._control}/old", directories=True)])
+            doomed = [
+                name
+                for name in old[: max(0, len(old) - keep)]
+                if not older_than or (await self._account.age(f"{self._control}/old/{name}") or 0.0) >= older_than
+            ]
+            for name in doomed:
+                await self._account.delete_tree(f"{self._control}/old/{name}")
+        except Refused as error:
+            raise mapped(error) from error
+        return len(doomed)
+
+
+class _Writer:
+    """Writes one staged file: in one request where it is small, else in blocks of which nothing shows until the last one."""
+
+    def __init__(self, driver: AdlsDriver, tx: str, path: str) -> None:
+        self._driver, self._path = driver, path
+        self._account = driver._account
+        self._handle = f"staging/{tx}/tree/{path}"
+        self._name = f"{driver._control}/{self._handle}"
+        self._key = (tx, path)
+        self._id = new_id()
+        self._data = bytearray()
+        self._blocks: list[str] = []
+        self._size = 0
+        self._sent = False
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._data += data
+        full = range(0, len(self._data) - _BLOCK + 1, _BLOCK)
+        if not full:
+            return
+        bodies = [bytes(self._data[at : at + _BLOCK]) for at in full]
+        del self._data[: len(bodies) * _BLOCK]
+        first = len(self._blocks)
+        self._blocks += [f"{self._id}{number:08d}" for number in range(first, first + len(bodies))]
+
+        async def stage(numbered: tuple[str, bytes]) -> None:
+            await self._account.stage_block(self._name, *numbered)
+
+        try:
+            await at_once(list(zip(self._blocks[first:], bodies, strict=True)), stage, 4)
+        except Refused as error:
+            raise mapped(error) from error
+        self._size += len(bodies) * _BLOCK
+
+    async def close(self) -> Entry:
+        data, size = bytes(self._data), self._size + len(self._data)
+        earlier = self._driver._written.get(self._key)
+        self._sent = True
+        try:
+            if self._blocks:
+                if data:
+                    self._blocks.append(f"{self._id}{len(self._blocks):08d}")
+                    await self._account.stage_block(self._name, self._blocks[-1], data)
+                identity = await self._account.put_blocks(self._name, self._blocks, self._id, replaces=earlier)
+            else:
+                identity = await self._account.put(self._name, data, self._id, replaces=earlier)
+        except Refused as error:
+            raise mapped(error) from error
+        self._driver._written[self._key] = identity
+        return Entry(self._path, size, identity, self._handle)
+
+    async def abort(self) -> None:
+        # Blocks that were never put together are nowhere to be seen, and expire.
+        if not self._sent:
+            return
+        try:
+            there = await self._account.head(self._name, write=self._id)
+            if there is not None:
+                await self._account.delete(self._name, there.identity)
+        except Refused as error:
+            raise mapped(error) from error
+
+
+class _Account:
+    """Single requests to one file system, each as the SDK makes it; whatever is refused is `Refused`."""
+
+    def __init__(
+        self, location: Location, credential: Credential | None, client: DataLakeServiceClient | None, limit: int
+    ) -> None:
+        self.limit = Limit(limit)
+        self._location, self._credential, self._client = location, credential, client
+        self._send = Requests(self.limit)
+        self._opened: tuple[FileSystemClient, ContainerClient] | None = None
+        self._services: list[DataLakeServiceClient | BlobServiceClient] = []
+
+    def _clients(self) -> tuple[FileSystemClient, ContainerClient]:
+        """One client for each of the two interfaces; made on use, since they belong to the running event loop."""
+        if self._opened is None:
+            service = self._client
+            if service is None:
+                service = DataLakeServiceClient(
+                    self._location.account, **client_options(self._credential, self._location.sas)
+                )
+                self._services.append(service)
+            blobs = BlobServiceClient(
+                service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None)
+            )
+            self._services.append(blobs)
+            container = self._location.container
+            self._opened = service.get_file_system_client(container), blobs.get_container_client(container)
+        return self._opened
+
+    @property
+    def _names(self) -> FileSystemClient:
+        return self._clients()[0]
+
+    @property
+    def _blobs(self) -> ContainerClient:
+        return self._clients()[1]
+
+    async def aclose(self) -> None:
+        services, self._services, self._opened = self._services, [], None
+        for service in services:
+            await service.close()
+
+    async def check(self, url: str) -> None:
+        """Raise `Unsupported` where the account has no hierarchical namespace, or there is no such file system."""
+        root = self._names.get_directory_client("/")
+        try:
+            await self._send("looking at the file system", root.get_access_control)
+        except Refused as error:
+            if error.status == 404:
+                raise Unsupported(f"There is no file system for {url}; create it first.") from error
+            if error.status == 400:
+                raise Unsupported(f"The account of {url} has no hierarchical namespace.") from error
+            # Who may not read access control lists may still read and write.
+            if error.status != 403:
+                raise mapped(error) from error
+
+    # ------------------------------------------------------------------------------------------------------------- bytes
+
+    async def get(self, name: str) -> tuple[bytes, str] | None:
+        """A blob whole, and its ETag."""
+
+        async def get() -> tuple[bytes, str]:
+            stream = await self._blobs.download_blob(name, max_concurrency=1)
+            return await stream.readall(), bare(stream.properties.etag)
+
+        try:
+            return await self._send(f"reading {name!r}", get)
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def put(self, name: str, body: bytes, write: str = "", *, replaces: str | None) -> str:
+        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
+        blob = self._blobs.get_blob_client(name)
+        return await self._written(
+            name,
+            write,
+            lambda: blob.upload_blob(
+                body, length=len(body), overwrite=True, metadata={_WRITE: write} if write else None, **_if(replaces)
+            ),
+        )
+
+    async def stage_block(self, name: str, block: str, body: bytes) -> None:
+        """Send a block that shows nowhere until it is put together with others."""
+        blob = self._blobs.get_blob_client(name)
+        await self._send(f"writing {name!r}", lambda: blob.stage_block(block, body, length=len(body)))
+
+    async def put_blocks(self, name: str, blocks: Sequence[str], write: str, *, replaces: str | None) -> str:
+        """Make a blob of blocks, under the same conditions as `put`."""
+        blob = self._blobs.get_blob_client(name)
+        listed = [BlobBlock(block) for block in blocks]
+        return await self._written(
+            name, write, lambda: blob.commit_block_list(listed, metadata={_WRITE: write}, **_if(replaces))
+        )
+
+    async def _written(self, name: str, write: str, request: Callable[[], Awaitable[Mapping[str, Any]]]) -> str:
+        try:
+            return bare((await self._send(f"writing {name!r}", request))["etag"])
+        except Refused as error:
+            if not write or error.status not in (409, 412):
+                raise
+            # An earlier sending may have done it; the write's id tells.
+            if (there := await self.head(name, write=write)) is None:
+                raise
+            return there.identity
+
+    async def head(self, name: str, *, write: str | None = None) -> Listed | None:
+        """A file or a directory by name; None where there is none, or none of that write."""
+        blob = self._blobs.get_blob_client(name)
+        try:
+            found = await self._send(f"looking at {name!r}", blob.get_blob_properties)
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+        if write is not None and found.metadata.get(_WRITE) != write:
+            return None
+        return Listed(name, found.size, bare(found.etag), found.metadata.get("hdi_isfolder") == "true")
+
+    async def age(self, name: str) -> float | None:
+        """Seconds since it was last changed, by the service's own clock."""
+        now: list[str] = []
+        blob = self._blobs.get_blob_client(name)
+        try:
+            found = await self._send(
+                f"looking at {name!r}",
+                lambda: blob.get_blob_properties(
+                    raw_response_hook=lambda answer: now.append(answer.http_response.headers["Date"])
+                ),
+            )
+        except Refused as error:
+            if error.status == 404:
+                return None
+            raise
+        return max(0.0, (parsedate_to_datetime(now[-1]) - found.last_modified).total_seconds())
+
+    # ------------------------------------------------------------------------------------------------------------- names
+
+    async def pages(self, directory: str, *, recursive: bool = True) -> AsyncGenerator[list[Listed], None]:
+        """What is below a directory, by whole names; nothing where there is no such directory."""
+        pages = self._names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
+        first = True
+        while True:
+            try:
+                page = await self._send(f"listing {directory!r}", lambda: anext(pages, None))
+            except Refused as error:
+                if error.status == 404 and first:
+                    return
+                raise mapped(error) from error
+            if page is None:
+                return
+            first = False
+            yield [
+                Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
+                async for found in page
+            ]
+
+    async def make_directory(self, name: str) -> None:
+        """Make a directory and its parents; one that is there stays as it is."""
+        directory = self._names.get_directory_client(name)
+        try:
+            await self._send(
+                f"making {name!r}", lambda: directory.create_directory(match_condition=MatchConditions.IfMissing)
+            )
+        except Refused as error:
+            if error.status != 409:
+                raise
+
+    async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
+        """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
+        # The SDK decodes the source's name before it encodes it.
+        file = self._names.get_file_client(quote(source))
+        conditions = {
+            "source_etag": f'"{identity}"',
+            "source_match_condition": MatchConditions.IfNotModified,
+            **_if(replaces),
+            **self.rename_options,
+        }
+
+        async def rename() -> None:
+            await file.rename_file(f"{self._location.container}/{goal}", **conditions)
+
+        what = f"renaming {source!r} to {goal!r}"
+        try:
+            await self._send(what, rename)
+        except Refused as error:
+            if error.code != "RenameDestinationParentPathNotFound":
+                raise
+            parent = goal.rpartition("/")[0]
+            if parent not in made:
+                await self.make_directory(parent)
+                made.add(parent)
+            await self._send(what, rename)
+
+    async def delete(self, name: str, identity: str | None) -> bool:
+        """Delete a file, or only what has this ETag; False where there is none."""
+        file = self._names.get_file_client(name)
+        try:
+            await self._send(
+                f"deleting {name!r}", lambda: file.delete_file(**({} if identity is None else _if(identity)))
+            )
+        except Refused as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
+    async def delete_tree(self, name: str) -> None:
+        """Delete a directory with all below it, in one step that the service takes; one that is gone is fine."""
+        directory = self._names.get_directory_client(name)
+        try:
+            await self._send(f"deleting {name!r}", directory.delete_directory)
+        except Refused as error:
+            if error.status != 404:
+                raise
+
+    rename_options: Mapping[str, Any] = MappingProxyType({})
+    """What else the SDK is told at a rename."""
+
+
+def _if(etag: str | None) -> dict[str, Any]:
+    """The condition that something has this ETag, or is not there."""
+    if etag is None:
+        return {"match_condition": MatchConditions.IfMissing}
+    return {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}
