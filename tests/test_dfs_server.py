@@ -412,6 +412,31 @@ def test_blocks_make_a_file_in_the_order_of_their_list(server: DfsServer) -> Non
     assert code(Wire(server).ask("PUT", "/fs/f", {"comp": "blocklist"}, {}, blocks)) == (400, "InvalidBlockList")
 
 
+def test_the_blob_listing_has_prefixes_delimiters_and_pages(server: DfsServer) -> None:
+    for path in ("a/b", "a/c/d", "ab", "b"):
+        server.namespace.create("fs", path)
+
+    def names(**query: str) -> list[list[str | None]]:
+        pages: list[list[str | None]] = []
+        marker = ""
+        while marker or not pages:
+            asked = {"restype": "container", "comp": "list", "marker": marker} | query
+            root = ElementTree.fromstring(Wire(server).ask("GET", "/fs", asked).body.decode("utf-8-sig"))
+            pages.append([name.text for name in root.findall(".//Name")])
+            marker = root.findtext("NextMarker") or ""
+        return pages
+
+    assert names() == [["a", "a/b", "a/c", "a/c/d", "ab", "b"]]
+    assert names(prefix="a", maxresults="3") == [["a", "a/b", "a/c"], ["a/c/d", "ab"]]
+    assert names(prefix="a/", delimiter="/") == [["a/b", "a/c/"]]
+
+
+def test_a_mistake_of_the_server_s_own_is_not_taken_for_the_service_s_answer() -> None:
+    with pytest.raises(TypeError), DfsServer() as server:
+        server.namespace.filesystems = None  # type: ignore[assignment]
+        Wire(server).ask("HEAD", "/fs/a")
+
+
 def test_a_lease_runs_out_by_the_server_s_clock() -> None:
     clock = [1_750_000_000.0]
     with DfsServer(now=lambda: clock[0]) as server:

@@ -42,7 +42,7 @@ class Node:
 
 @dataclass(slots=True)
 class File(Node):
-    """A file; `pending` holds what was appended and not flushed, by position; `blocks` what Put Block left, by id."""
+    """A file; `pending` holds what was appended and not flushed, by position."""
 
     data: bytes = b""
     content_type: str = "application/octet-stream"
@@ -204,10 +204,11 @@ class Namespace:
         return _walk(node, "/".join(segments(directory)), recursive, skip)
 
     def listing(
-        self, filesystem: str, directory: str, *, recursive: bool, limit: int, token: str
+        self, filesystem: str, directory: str, *, recursive: bool, limit: int, token: str, prefix: str = ""
     ) -> tuple[list[tuple[str, Node]], str]:
         """A page, and the token of the next one, which is empty at the end."""
-        walk = self.walk(filesystem, directory, recursive=recursive, after=_untoken(token))
+        below = self.walk(filesystem, directory, recursive=recursive, after=_untoken(token))
+        walk = (entry for entry in below if entry[0].startswith(prefix))
         found = list(islice(walk, limit))
         more = len(found) == limit and next(walk, None) is not None
         return found, _token(found[-1][0]) if more else ""
