@@ -447,6 +447,8 @@ def test_a_lease_runs_out_by_the_server_s_clock() -> None:
         assert code(Wire(server).ask("PUT", "/fs/a", {"comp": "lease"}, acquire)) == (409, "LeaseAlreadyPresent")
         assert code(Wire(server).ask("POST", "/fs/a", {}, acquire)) == (409, "LeaseAlreadyPresent")
         assert code(Wire(server).ask("PATCH", "/fs/a", APPEND, {}, b"x")) == (412, "LeaseIdMissing")
+        assert Wire(server).ask("PUT", "/fs/a", {"resource": "file"}, {"x-ms-lease-id": held}).status == 201
+        assert Wire(server).ask("HEAD", "/fs/a").header("x-ms-lease-state") == "leased"
         clock[0] += 15
         late = {"x-ms-lease-id": held}
         assert code(Wire(server).ask("PATCH", "/fs/a", APPEND, late, b"x")) == (412, "LeaseLost")

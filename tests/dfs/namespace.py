@@ -255,6 +255,7 @@ class Namespace:
             raise Refused("LeaseNotPresent")  # never recorded
         new: Node = self._directory() if directory else self._file(data, by_blob)
         new.metadata = metadata or {}
+        # never recorded: a leased file replaced with its id stays leased, as with a rename onto it (recorded)
         new.lease = node.lease if node is not None else None
         parent, name = self._parent(filesystem, path, make=True)
         parent.put(name, new)
@@ -283,6 +284,7 @@ class Namespace:
         while end < position and end in rest:
             data.append(rest.pop(end))
             end += len(data[-1])
+        # never recorded: what was left over from an append below the end makes a flush not contiguous
         if end != position or (rest and not retain):
             raise Refused("InvalidFlushPosition")
         file.data, file.pending = b"".join(data), rest
