@@ -42,7 +42,7 @@ class Node:
 
 @dataclass(slots=True)
 class File(Node):
-    """A file; `pending` holds what was appended and not flushed, by position; `blocks` what Put Block left, by id."""
+    """A file; `pending` holds what was appended and not flushed, by position."""
 
     data: bytes = b""
     content_type: str = "application/octet-stream"
@@ -204,10 +204,11 @@ class Namespace:
         return _walk(node, "/".join(segments(directory)), recursive, skip)
 
     def listing(
-        self, filesystem: str, directory: str, *, recursive: bool, limit: int, token: str
+        self, filesystem: str, directory: str, *, recursive: bool, limit: int, token: str, prefix: str = ""
     ) -> tuple[list[tuple[str, Node]], str]:
         """A page, and the token of the next one, which is empty at the end."""
-        walk = self.walk(filesystem, directory, recursive=recursive, after=_untoken(token))
+        below = self.walk(filesystem, directory, recursive=recursive, after=_untoken(token))
+        walk = (entry for entry in below if entry[0].startswith(prefix))
         found = list(islice(walk, limit))
         more = len(found) == limit and next(walk, None) is not None
         return found, _token(found[-1][0]) if more else ""
@@ -254,6 +255,7 @@ class Namespace:
             raise Refused("LeaseNotPresent")  # never recorded
         new: Node = self._directory() if directory else self._file(data, by_blob)
         new.metadata = metadata or {}
+        # never recorded: a leased file replaced with its id stays leased, as with a rename onto it (recorded)
         new.lease = node.lease if node is not None else None
         parent, name = self._parent(filesystem, path, make=True)
         parent.put(name, new)
@@ -282,6 +284,7 @@ class Namespace:
         while end < position and end in rest:
             data.append(rest.pop(end))
             end += len(data[-1])
+        # never recorded: what was left over from an append below the end makes a flush not contiguous
         if end != position or (rest and not retain):
             raise Refused("InvalidFlushPosition")
         file.data, file.pending = b"".join(data), rest

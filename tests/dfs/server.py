@@ -84,7 +84,8 @@ class DfsServer:
         self._port = port
         self._late: list[tuple[int, Request]] = []
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._broken: Exception | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add_item(self, workspace: str, item: str) -> tuple[str, str]:
         """Make an item of OneLake, such as `sales.Lakehouse`; the GUIDs of its workspace and its own."""
@@ -98,6 +99,8 @@ class DfsServer:
     def __enter__(self) -> Self:
         self._thread.start()
         self._ready.wait()
+        if self._broken is not None:
+            raise self._broken
         return self
 
     def __exit__(
@@ -107,6 +110,16 @@ class DfsServer:
             error.add_note(f'It happened under: DfsServer(plan="{self.plan}")')
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
+        if error is None and self._broken is not None:
+            raise self._broken
+
+    def _run(self) -> None:
+        try:
+            asyncio.run(self._serve())
+        except Exception as error:
+            self._broken = error
+        finally:
+            self._ready.set()
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
@@ -123,7 +136,13 @@ class DfsServer:
             await runner.cleanup()
 
     async def _handle(self, raw: web.Request) -> web.StreamResponse:
-        request = await _parsed(raw)
+        try:
+            return await self._handled(raw, await _parsed(raw))
+        except Exception as error:
+            self._broken = error  # a mistake in here, not a fault that was asked for
+            raise
+
+    async def _handled(self, raw: web.Request, request: Request) -> web.StreamResponse:
         verb, _ = route(request)
         number, of_verb = self.counts.total(), self.counts[verb]
         self.counts[verb] += 1

@@ -166,22 +166,29 @@ class Service:
             answer: Answer = getattr(self, f"_{verb}")(request, endpoint)
         except Refused as refused:
             answer = self._refusal(refused, request, endpoint)
+        answer = self._dressed(answer, request, endpoint)
+        if self.onelake is not None and "x-ms-permissions" in answer.headers:
+            answer.headers["x-ms-permissions"] = "---------"  # documented
+        if rejected:
+            answer.headers["x-ms-rejected-headers"] = ",".join(rejected)
+        return answer
+
+    def failure(self, request: Request, code: str, extra: dict[str, str] | None = None) -> Answer:
+        """An error that no request deserves, such as 500 and 503."""
+        endpoint = route(request)[1]
+        return self._dressed(self._refusal(Refused(code, extra=extra), request, endpoint), request, endpoint)
+
+    def _dressed(self, answer: Answer, request: Request, endpoint: Endpoint) -> Answer:
+        """An answer with what every answer has."""
+        answer.headers["x-ms-request-id"] = str(uuid.uuid4())
         if answer.status == 401:  # which comes from before the storage service (recorded)
             answer.headers["Server"] = "Microsoft-HTTPAPI/2.0"
         else:
             server = "Windows-Azure-HDFS" if endpoint == "dfs" else "Windows-Azure-Blob"
             answer.headers |= {"Server": f"{server}/1.0 Microsoft-HTTPAPI/2.0", "x-ms-version": request.version}
-        if self.onelake is not None and "x-ms-permissions" in answer.headers:
-            answer.headers["x-ms-permissions"] = "---------"  # documented
-        if rejected:
-            answer.headers["x-ms-rejected-headers"] = ",".join(rejected)
         if "x-ms-client-request-id" in request.headers:
             answer.headers["x-ms-client-request-id"] = request.headers["x-ms-client-request-id"]
         return answer
-
-    def failure(self, request: Request, code: str, extra: dict[str, str] | None = None) -> Answer:
-        """An error that no request deserves, such as 500 and 503."""
-        return self._refusal(Refused(code, extra=extra), request, route(request)[1])
 
     def _authenticate(self, request: Request) -> None:
         given = request.headers.get("authorization")
@@ -571,8 +578,8 @@ class Service:
         return Answer(200, {"x-ms-resource-type": kind(node), "x-ms-creation-time": _date(node.created)})
 
     def _list_blobs(self, request: Request, endpoint: Endpoint) -> Answer:
-        # never recorded: the Blob listing of this account type, but for deleted paths; one page, no delimiter or marker
-        prefix, blobs = request.query.get("prefix", ""), []
+        # never recorded: the Blob listing of this account type, but for deleted paths
+        prefix, token = request.query.get("prefix", ""), ""
         if request.query.get("showonly") == "deleted":
             blobs = [
                 f"<Blob><Name>{escape(kept.place[1])}</Name><DeletionId>{deletion}</DeletionId><Deleted>true</Deleted>"
@@ -580,15 +587,25 @@ class Service:
                 for deletion, kept in self.namespace.deleted.items()
                 if kept.place[0] == request.filesystem and kept.place[1].startswith(prefix)
             ]
-        elif self.namespace.get(request.filesystem, prefix.rpartition("/")[0]) is not None:
+        else:
+            recursive = "delimiter" not in request.query
+            found, token = self.namespace.listing(
+                request.filesystem,
+                prefix.rpartition("/")[0],
+                recursive=recursive,
+                limit=min(_number(request, "maxresults", 5000), 5000),
+                token=request.query.get("marker", ""),
+                prefix=prefix,
+            )
             blobs = [
-                f"<Blob><Name>{escape(path)}</Name>{_xml_properties(node)}<OrMetadata /></Blob>"
-                for path, node in self.namespace.walk(request.filesystem, prefix.rpartition("/")[0])
-                if path.startswith(prefix)
+                f"<BlobPrefix><Name>{escape(path)}/</Name></BlobPrefix>"
+                if isinstance(node, Directory) and not recursive
+                else f"<Blob><Name>{escape(path)}</Name>{_xml_properties(node)}<OrMetadata /></Blob>"
+                for path, node in found
             ]
         return _xml_answer(
             f'<EnumerationResults ServiceEndpoint="/" ContainerName="{escape(request.filesystem)}">'
-            f"<Prefix>{escape(prefix)}</Prefix><Blobs>{''.join(blobs)}</Blobs><NextMarker />"
+            f"<Prefix>{escape(prefix)}</Prefix><Blobs>{''.join(blobs)}</Blobs><NextMarker>{token}</NextMarker>"
         )
 
 
