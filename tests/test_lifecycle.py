@@ -819,3 +819,17 @@ async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_an
         collected.set()
     assert tx.receipt.phase == "committed"
     assert storage.below("target") == {"a": b"1"}
+
+
+async def test_whoever_resumed_a_transaction_last_is_the_only_one_who_commits_it() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await first.begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    resumed = await second.resume(tx.id)
+    with pytest.raises(StagingError, match="resumed"):
+        await tx.commit()
+    assert storage.below("target") == {}
+    assert (await resumed.commit()).phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
