@@ -833,3 +833,14 @@ async def test_whoever_resumed_a_transaction_last_is_the_only_one_who_commits_it
     assert storage.below("target") == {}
     assert (await resumed.commit()).phase == "committed"
     assert storage.below("target") == {"a": b"1"}
+
+
+async def test_a_commit_that_another_process_made_meanwhile_is_found_and_not_called_a_failure() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await first.begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    await (await second.resume(tx.id)).commit()
+    assert (await tx.commit()).phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
