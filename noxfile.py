@@ -23,6 +23,19 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("scheduler", ["dagster", "prefect"], ids=["dagster", "prefect"])
+def recipes(session: nox.Session, scheduler: str) -> None:
+    """The recipes for Dagster and for Prefect, each in an environment of its own."""
+    # Prefect 3.8 admits versions of FastAPI that it fails to start with.
+    needs = {"dagster": ["dagster>=1.9"], "prefect": ["prefect>=3", "fastapi<0.151"]}[scheduler]
+    session.install("-e", ".[arrow]", "polars>=2", "pytest>=8", "blockbuster>=1.5", *needs)
+    quiet = {"DAGSTER_DISABLE_TELEMETRY": "yes", "DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    home = {"PREFECT_HOME": session.create_tmp()}
+    # What they warn of is their own affair.
+    session.run("pytest", "-W", "ignore", f"tests/test_recipe_{scheduler}.py", env=quiet | home)
+
+
+@nox.session
 def soak(session: nox.Session) -> None:
     """Kills, losses of power and real processes under strace, a hundred times as many; hours."""
     install(session, "test")

@@ -152,7 +152,7 @@ MUTANTS = [
         "commit.py",
         "if await held.move(states.renew(head), durable=True):\n                return",
         "if True:\n                return",
-        (SYNCS, CALLS),
+        (LIFE, SYNCS, CALLS),
     ),
     Mutant(
         "the decision is durable",

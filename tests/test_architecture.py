@@ -32,10 +32,11 @@ LAYERS: list[set[str]] = [
     {"lifecycle"},
     {"store"},
     {"arrow", "progress"},
+    {"sync"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-FACES = LAYERS[-2] | LAYERS[-1]
+FACES = LAYERS[-3] | LAYERS[-2] | LAYERS[-1]
 
 # Imports that are not downwards, each for a reason; one that is no longer there is to be struck off.
 BESIDE = {
@@ -203,6 +204,11 @@ def test_what_is_loaded_on_use_is_known_by_name() -> None:
 def test_types_alone_are_imported_by_the_faces_only_but_for_those_that_arrow_hands_out() -> None:
     below = {(found.module, found.ours) for found in IMPORTS if found.for_types and found.module not in FACES}
     assert below == {("lifecycle", "arrow")}
+
+
+def test_only_the_synchronous_face_crosses_from_a_thread_into_the_loop() -> None:
+    assert {found.module for found in IMPORTS if found.name == "anyio.from_thread"} == {"sync"}
+    assert not [path for path in MODULES.values() if "from anyio import from_thread" in path.read_text()]
 
 
 def _declared(extra: str | None = None) -> set[str]:

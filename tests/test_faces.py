@@ -102,6 +102,12 @@ def polars_to_files(directory: Any, dies: bool) -> None:
         pl.DataFrame(batch).write_parquet(f"{directory}/{number}.parquet")
 
 
+def polars_by_region(directory: Any, dies: bool) -> None:
+    for number, batch in enumerate(pieces(dies)):
+        by_region = pl.PartitionBy(f"{directory}/{number}", key="region", include_key=False)
+        pl.DataFrame(batch).write_parquet(by_region, mkdir=True)
+
+
 def polars_to_filesystem(filesystem: Any, dies: bool) -> None:
     for number, batch in enumerate(pieces(dies)):
         with filesystem.open_output_stream(f"{number}.parquet") as stream:
@@ -178,6 +184,7 @@ WRITERS = {
     "write_dataset to a file system": Writer(dataset_to_filesystem, filesystem),
     "write_dataset to its root": Writer(dataset_to_root_of_filesystem, filesystem),
     "polars write_parquet": Writer(polars_to_files, directory),
+    "polars write_parquet PartitionBy": Writer(polars_by_region, directory),
     "polars write_parquet to a file system": Writer(polars_to_filesystem, filesystem),
     "polars sink_parquet": Writer(polars_sink, path),
     "polars sink_parquet PartitionBy": Writer(polars_sink_by_region, directory),

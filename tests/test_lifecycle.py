@@ -819,3 +819,87 @@ async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_an
         collected.set()
     assert tx.receipt.phase == "committed"
     assert storage.below("target") == {"a": b"1"}
+
+
+async def test_whoever_resumed_a_transaction_last_is_the_only_one_who_commits_it() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await first.begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    resumed = await second.resume(tx.id)
+    with pytest.raises(StagingError, match="resumed"):
+        await tx.commit()
+    assert storage.below("target") == {}
+    assert (await resumed.commit()).phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
+
+
+async def test_a_commit_that_another_process_made_meanwhile_is_found_and_not_called_a_failure() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await first.begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    await (await second.resume(tx.id)).commit()
+    assert (await tx.commit()).phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
+
+
+class LateDecision(MemoryDriver):
+    """The store takes no decision and says so, but the request is still under way."""
+
+    def __init__(self, storage: MemoryStorage) -> None:
+        super().__init__(storage=storage, fence="consumed", period=0.01)
+        self.late: list[tuple[str, bytes, str | None]] = []
+
+    async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
+        if key == "head" and b'"committed"' in body:
+            self.late.append((key, body, token))
+            raise StorageError("no answer")
+        return await super().cas(key, body, token, durable=durable)
+
+
+async def test_a_decision_that_was_given_up_cannot_arrive_late() -> None:
+    storage = MemoryStorage()
+    driver = LateDecision(storage)
+    tx = await open_store(driver).begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    with pytest.raises(StagedError) as raised:
+        await tx.commit()
+    assert raised.value.outcome == "untouched"
+    assert driver.late
+    other = MemoryDriver(storage=storage, fence="consumed", period=0.01)
+    for key, body, token in driver.late:
+        assert await other.cas(key, body, token, durable=True) is None
+    assert (await open_store(other).recover()).finished == ()
+    assert storage.below("target") == {}
+
+
+async def test_nothing_is_published_on_a_decision_that_was_only_read_back() -> None:
+    calls: list[str] = []
+    silent = 0
+
+    async def gate(name: str, moment: Moment) -> None:
+        nonlocal silent
+        if name.startswith("put_segment ledger-"):
+            silent = 4
+        elif (
+            silent
+            and moment == "after"
+            and name in ("cas head", "read head")
+            and not (silent < 4 and name == "cas head")
+        ):
+            silent -= 1
+            raise StorageError("no answer")
+        if moment == "after":
+            calls.append(name)
+
+    driver = FaultDriver(MemoryDriver(storage=MemoryStorage()), gate)
+    async with open_store(driver).staged_write("append") as tx:
+        await tx.write("a", b"1")
+    assert tx.receipt.phase == "committed"
+    assert silent == 0
+    before = calls[: calls.index("publish")]
+    assert before[-2:] == ["read head", "cas head"], "it was not written once more"

@@ -20,6 +20,7 @@ from opentelemetry.trace import StatusCode
 from rich.console import Console
 from rich.progress import Progress
 
+import staged.sync
 from staged import InvalidInput, open_store
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.model import Decided, Event
@@ -172,6 +173,16 @@ async def test_only_what_did_not_come_to_its_end_is_an_error_in_traces(spans: In
     ]
     assert [span.status.status_code is StatusCode.ERROR for span in whole] == [False, False, False, True]
     assert whole[3].status.description == "rolled_back"
+
+
+def test_a_span_of_the_synchronous_face_belongs_to_its_callers(spans: InMemorySpanExporter) -> None:
+    with (
+        trace.get_tracer("test").start_as_current_span("mine") as mine,
+        staged.sync.open_store(MemoryDriver(storage=MemoryStorage())) as store,
+        store.staged_write("append") as tx,
+    ):
+        tx.write("a", b"abc")
+    assert by_name(spans.get_finished_spans())["staged.transaction"].parent == mine.get_span_context()
 
 
 TRANSACTION = """
