@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
-import sniffio
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from staged import paths
@@ -69,8 +68,8 @@ class Location:
         return cls(f"{scheme}://{host}", container, path, parts.query or None)
 
 
-def client_options(credential: Credential | None, sas: str | None) -> dict[str, Any]:
-    """What every client is made with: the credential, no retries of its own, and a transport for the running event loop."""
+def client_options(credential: Credential | None, sas: str | None, library: str) -> dict[str, Any]:
+    """What every client is made with: the credential, no retries of its own, and a transport for the event loop of that library."""
     if credential is not None and sas is not None:
         raise InvalidInput("The URL holds a shared access signature; a credential cannot be passed beside it.")
     if sas is not None or isinstance(credential, str) or hasattr(credential, "signature"):
@@ -81,12 +80,12 @@ def client_options(credential: Credential | None, sas: str | None) -> dict[str, 
         "retry_total": 0,
         "connection_timeout": _TIMEOUT,
         "read_timeout": _TIMEOUT,
-        "transport": _transport(),
+        "transport": _transport(library),
     }
 
 
-def _transport() -> object:
-    if sniffio.current_async_library() == "trio":
+def _transport(library: str) -> object:
+    if library == "trio":
         from azure.core.pipeline.transport import TrioRequestsTransport
 
         return TrioRequestsTransport()

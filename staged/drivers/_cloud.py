@@ -6,7 +6,8 @@ driver that sent it tells by identity what became of it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
@@ -121,11 +122,13 @@ def _backoff(error: Exception) -> bool | float:
     return error.retry_after or True
 
 
-def mapped(error: Refused) -> StorageError:
-    """What a driver raises for it; a fresh error, since the SDK's own hold the request with its credential."""
-    failed = StorageError(str(error), retryable=error.passing)
-    failed.__cause__ = error
-    return failed
+@contextmanager
+def mapped() -> Iterator[None]:
+    """Raise what is refused as a driver does."""
+    try:
+        yield
+    except Refused as error:
+        raise StorageError(str(error), retryable=error.passing) from error
 
 
 async def at_once(items: Sequence[S], work: Callable[[S], Awaitable[T]], tasks: int) -> list[T]:

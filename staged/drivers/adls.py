@@ -12,13 +12,19 @@ of the staged tree, tells for ever whether it was published, however often a req
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
+import anyio
+import sniffio
+from anyio import to_thread
 from azure.core import MatchConditions
 from azure.storage.blob import BlobBlock
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient
@@ -33,16 +39,29 @@ from staged.paths import RESERVED, join
 from staged.states import new_id
 
 if TYPE_CHECKING:
+    from azure.storage.filedatalake import PathProperties
+
     from staged.drivers._azure import Credential
 
 __all__ = ["AdlsDriver"]
 
-_BLOCK = 8 << 20
-"""Bytes of one block of a file that is written in several; up to that a file is one request."""
+S = TypeVar("S")
+T = TypeVar("T")
 
+_SMALL = 1 << 20
+"""Bytes up to which a blob is written by one request."""
+_BLOCK = 8 << 20
+"""Bytes of one block of a file that is written in several."""
+
+_BLOCKS = 4
+"""Blocks of one file that are sent at once."""
 _PAGE = 5_000
+"""Names of one page of a listing, the most that the service gives."""
 _TRIES = 4
 """Looks at the trees of a swap: two renames, and as many strangers in between."""
+_MISSED = frozenset((404, 409, 412))
+"""What is answered where something is not, or not as, the condition said."""
+_STAGING = "staging"
 _WRITE = "staged"
 """The name of the metadata that says by which write a blob came to be."""
 
@@ -90,8 +109,9 @@ class AdlsDriver(Driver):
         return bool(path)
 
     async def probe(self) -> Capabilities:
-        await self._account.check(self.url)
-        there = await self._look(self._path) if self._path else None
+        with mapped():
+            await self._account.check(self.url)
+            there = await self._account.head(self._path) if self._path else None
         if there is not None and not there.is_dir:
             raise Unsupported(f"{self.url} is a file; a target is a directory.")
         always: frozenset[Guarantee] = frozenset(("serialised", "fenced", "no_gap"))
@@ -119,53 +139,53 @@ class AdlsDriver(Driver):
         return f"{self._control}/{kind}{slash}{rest.replace('/', '.')}"
 
     async def read(self, key: str) -> Record | None:
-        try:
+        with mapped():
             found = await self._account.get(self._key(key))
-        except Refused as error:
-            raise mapped(error) from error
         return None if found is None else Record(*found)
 
     async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
-        try:
-            return await self._account.put(self._key(key), body, replaces=token)
-        except Refused as error:
-            if error.status in (404, 409, 412):
-                return None
-            raise mapped(error) from error
+        with mapped():
+            try:
+                return await self._account.put(self._key(key), body, replaces=token)
+            except Refused as error:
+                if error.status in _MISSED:
+                    return None
+                raise
 
     async def put_segment(self, key: str, body: bytes) -> bool:
         return await self.cas(key, body, None, durable=False) is not None
 
     async def list_control(self, prefix: str) -> Sequence[str]:
         kind, slash, _ = prefix.partition("/")
-        keys = [
-            f"{kind}{slash}{name.replace('.', '/')}" if slash else name
-            async for name in self._names(join(self._control, kind if slash else ""))
-        ]
-        if kind == "tx" and slash:
-            # Staging whose record is gone is found by what lies there.
-            keys += [f"tx/{name}/staging" async for name in self._names(f"{self._control}/staging", directories=True)]
+        with mapped():
+            if slash:
+                names = await self._names(f"{self._control}/{kind}")
+                keys = [f"{kind}/{name.replace('.', '/')}" for name in names]
+            else:
+                keys = await self._names(self._control)
+            if kind == "tx" and slash:
+                # Staging whose record is gone is found by what lies there.
+                keys += [
+                    f"tx/{name}/{_STAGING}" for name in await self._names(f"{self._control}/{_STAGING}", trees=True)
+                ]
         return sorted(key for key in keys if key.startswith(prefix))
 
-    async def _names(self, directory: str, *, directories: bool = False) -> AsyncGenerator[str, None]:
-        async for page in self._account.pages(directory, recursive=False):
-            for found in page:
-                if found.is_dir == directories:
-                    yield found.path.rpartition("/")[2]
+    async def _names(self, directory: str, *, trees: bool = False) -> list[str]:
+        """The names of the files, or of the directories, in a directory of the control area."""
+        pages = self._account.pages(directory, recursive=False)
+        return [found.path.rpartition("/")[2] async for page in pages for found in page if found.is_dir == trees]
 
     async def delete_control(self, keys: Sequence[str]) -> None:
-        await self._delete_all([self._key(key) for key in keys if not key.endswith("/staging")])
+        await self._delete_all([self._key(key) for key in keys if not key.endswith(f"/{_STAGING}")])
 
     async def age(self, key: str) -> float | None:
-        try:
+        with mapped():
             return await self._account.age(self._key(key))
-        except Refused as error:
-            raise mapped(error) from error
 
     # ----------------------------------------------------------------------------------------------------------- staging
 
     def _tree(self, tx: str) -> str:
-        return f"{self._control}/staging/{tx}/tree"
+        return f"{self._control}/{_STAGING}/{tx}/tree"
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
         # What is staged is found by its place: nothing is to be logged.
@@ -173,69 +193,61 @@ class AdlsDriver(Driver):
 
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
         left = {join(self._tree(tx), entry.path): entry for entry in entries}
-        async for page in self._account.pages(self._tree(tx)):
-            for found in page:
-                if found.is_dir:
-                    continue
-                entry = left.pop(found.path, None)
-                if entry is None:
-                    raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
-                if (entry.identity, entry.size) != (found.identity, found.size):
-                    raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
+        with mapped():
+            async for page in self._account.pages(self._tree(tx)):
+                for found in page:
+                    if found.is_dir:
+                        continue
+                    entry = left.pop(found.path, None)
+                    if entry is None:
+                        raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
+                    if (entry.identity, entry.size) != (found.identity, found.size):
+                        raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
         if left:
             raise StagingError(f"{next(iter(left.values())).path!r} is no longer staged.")
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
-        try:
-            if whole:
-                await self._account.delete_tree(f"{self._control}/staging/{tx}")
-        except Refused as error:
-            raise mapped(error) from error
         if not whole:
             await self._delete_all([f"{self._control}/{handle}" for handle in handles])
+            return
+        with mapped():
+            await self._account.delete_tree(f"{self._control}/{_STAGING}/{tx}")
 
     async def _delete_all(self, names: Sequence[str]) -> None:
-        async def delete(name: str) -> None:
-            await self._account.delete(name, None)
+        with mapped():
+            await self._at_once(names, lambda name: self._account.delete(name, None))
 
-        try:
-            await at_once(names, delete, self._account.limit.most)
-        except Refused as error:
-            raise mapped(error) from error
+    async def _at_once(self, items: Collection[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
+        return await at_once(list(items), work, self._account.limit.most)
 
     # -------------------------------------------------------------------------------------------------------- the target
 
     async def list(
         self, prefix: str = "", names: Collection[str] | None = None
     ) -> AsyncGenerator[Sequence[Listed], None]:
-        # A page costs one request, and so does a name: list for as long as that is not dearer.
-        pages = float("inf") if names is None else max(1, len(names) // self._account.limit.most)
-        seen: list[Listed] = []
-        async for page in self._account.pages(join(self._path, prefix)):
-            if pages <= 0:
-                seen = []
-                break
-            pages -= 1
-            found = [self._below(listed) for listed in page if not self._is_ours(listed.path)]
+        with mapped():
             if names is None:
-                yield found
+                async for page in self._account.pages(join(self._path, prefix)):
+                    yield [self._below(found) for found in page if not self._is_ours(found.path)]
             else:
-                seen += [listed for listed in found if listed.path in names]
+                yield [self._below(found) for found in await self._find({join(self._path, name) for name in names})]
+
+    async def _find(self, names: Collection[str]) -> Sequence[Listed]:
+        """What has one of these names: a page of a listing costs one request, and so does a name."""
+        found: Sequence[Listed] = []
+        pages = 0
+        async for page in self._account.pages(self._path):
+            found = [*found, *(listed for listed in page if listed.path in names)]
+            pages += 1
+            if pages > len(names) // self._account.limit.most:
+                break
         else:
-            yield seen
-            return
-        assert names is not None
-        try:
-            looked = await at_once(
-                sorted(names), lambda name: self._look(join(self._path, name)), self._account.limit.most
-            )
-        except Refused as error:
-            raise mapped(error) from error
-        yield [self._below(listed) for listed in looked if listed is not None]
+            return found
+        looked = await self._at_once(names, self._account.head)
+        return [listed for listed in looked if listed is not None]
 
     def _below(self, listed: Listed) -> Listed:
-        start = len(self._path) + 1 if self._path else 0
-        return Listed(listed.path[start:], listed.size, listed.identity, listed.is_dir)
+        return replace(listed, path=listed.path[len(self._path) + 1 if self._path else 0 :])
 
     def _is_ours(self, path: str) -> bool:
         return self._inside and f"{path}/".startswith(f"{join(self._path, RESERVED)}/")
@@ -248,16 +260,14 @@ class AdlsDriver(Driver):
             try:
                 await self._account.rename(source, entry.identity, goal, replaces.get(entry.path), made)
             except Refused as error:
-                if error.status not in (404, 409, 412):
+                if error.status not in _MISSED:
                     raise
                 # Whatever was answered, and to which of several sendings: where it lies now is what counts.
                 return await self._found(source, goal, entry.identity)
             return Answer.DONE
 
-        try:
-            return await at_once(entries, publish, self._account.limit.most)
-        except Refused as error:
-            raise mapped(error) from error
+        with mapped():
+            return await self._at_once(entries, publish)
 
     async def _found(self, source: str, goal: str, identity: str) -> Answer:
         there = await self._account.head(goal)
@@ -271,46 +281,33 @@ class AdlsDriver(Driver):
             try:
                 gone = await self._account.delete(join(self._path, entry.path), entry.identity)
             except Refused as error:
-                if error.status in (409, 412):
-                    return Answer.FOREIGN
-                raise
+                if error.status not in _MISSED:
+                    raise
+                return Answer.FOREIGN
             return Answer.DONE if gone else Answer.ALREADY
 
-        try:
-            return await at_once(entries, remove, self._account.limit.most)
-        except Refused as error:
-            raise mapped(error) from error
-
-    async def _look(self, name: str) -> Listed | None:
-        try:
-            return await self._account.head(name)
-        except Refused as error:
-            raise mapped(error) from error
+        with mapped():
+            return await self._at_once(entries, remove)
 
     # --------------------------------------------------------------------------------------------------------- tree swap
 
     async def trees(self, tx: str) -> Trees:
-        try:
+        with mapped():
+            # There is none yet where nothing was staged.
             await self._account.make_directory(self._tree(tx))
-        except Refused as error:
-            raise mapped(error) from error
-        new, target = await self._look(self._tree(tx)), await self._look(self._path)
+            new, target = await self._account.head(self._tree(tx)), await self._account.head(self._path)
+            if target is not None:
+                async for page in self._account.pages(self._path):
+                    for found in map(self._below, page):
+                        if RESERVED in found.path.split("/"):
+                            raise Conflict.covering(found.path)
         if new is None:
-            raise StorageError(f"The staging of {tx} is gone.")
-        if target is not None:
-            await self._check_covers_nobody()
+            raise StorageError(f"The staging of transaction {tx} is gone.")
         return Trees(new.identity, None if target is None else target.identity)
 
-    async def _check_covers_nobody(self) -> None:
-        async for page in self._account.pages(self._path):
-            for found in page:
-                if RESERVED in found.path[len(self._path) + 1 :].split("/"):
-                    raise Conflict.covering(found.path[len(self._path) + 1 :])
-
     async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
-        tree = self._tree(tx)
-        answer = Answer.ALREADY
-        try:
+        tree, answer = self._tree(tx), Answer.ALREADY
+        with mapped():
             for _ in range(_TRIES):
                 target, staged = await self._account.head(self._path), await self._account.head(tree)
                 if target is not None and target.identity == trees.new:
@@ -325,8 +322,6 @@ class AdlsDriver(Driver):
                 # Nothing between the two renames: readers find no target meanwhile.
                 await self._try_rename(tree, trees.new, self._path)
                 answer = Answer.DONE
-        except Refused as error:
-            raise mapped(error) from error
         return Answer.FOREIGN
 
     async def _aside(self, target: Listed, trees: Trees, old: str) -> str | None:
@@ -347,21 +342,19 @@ class AdlsDriver(Driver):
         try:
             await self._account.rename(source, identity, goal, None, set())
         except Refused as error:
-            if error.status not in (404, 409, 412):
+            if error.status not in _MISSED:
                 raise
 
     async def trim(self, keep: int, older_than: float) -> int:
-        try:
-            old = sorted([name async for name in self._names(f"{self._control}/old", directories=True)])
-            doomed = [
-                name
-                for name in old[: max(0, len(old) - keep)]
-                if not older_than or (await self._account.age(f"{self._control}/old/{name}") or 0.0) >= older_than
+        with mapped():
+            old = [
+                f"{self._control}/old/{name}" for name in sorted(await self._names(f"{self._control}/old", trees=True))
             ]
-            for name in doomed:
-                await self._account.delete_tree(f"{self._control}/old/{name}")
-        except Refused as error:
-            raise mapped(error) from error
+            doomed = old[: max(0, len(old) - keep)]
+            if older_than:
+                ages = await self._at_once(doomed, self._account.age)
+                doomed = [name for name, age in zip(doomed, ages, strict=True) if age is not None and age >= older_than]
+            await self._at_once(doomed, self._account.delete_tree)
         return len(doomed)
 
 
@@ -369,11 +362,10 @@ class _Writer:
     """Writes one staged file: in one request where it is small, else in blocks of which nothing shows until the last one."""
 
     def __init__(self, driver: AdlsDriver, tx: str, path: str) -> None:
-        self._driver, self._path = driver, path
+        self._driver, self._path, self._key = driver, path, (tx, path)
         self._account = driver._account
-        self._handle = f"staging/{tx}/tree/{path}"
+        self._handle = f"{_STAGING}/{tx}/tree/{path}"
         self._name = f"{driver._control}/{self._handle}"
-        self._key = (tx, path)
         self._id = new_id()
         self._data = bytearray()
         self._blocks: list[str] = []
@@ -382,50 +374,50 @@ class _Writer:
 
     async def write(self, data: bytes | bytearray | memoryview) -> None:
         self._data += data
-        full = range(0, len(self._data) - _BLOCK + 1, _BLOCK)
-        if not full:
-            return
-        bodies = [bytes(self._data[at : at + _BLOCK]) for at in full]
-        del self._data[: len(bodies) * _BLOCK]
+        self._size += memoryview(data).nbytes
+        if len(self._data) >= _BLOCK:
+            await self._send(len(self._data) // _BLOCK)
+
+    async def _send(self, count: int) -> None:
+        """Send so many blocks of what was written."""
+        bodies = [bytes(self._data[at * _BLOCK : (at + 1) * _BLOCK]) for at in range(count)]
+        del self._data[: count * _BLOCK]
         first = len(self._blocks)
-        self._blocks += [f"{self._id}{number:08d}" for number in range(first, first + len(bodies))]
-
-        async def stage(numbered: tuple[str, bytes]) -> None:
-            await self._account.stage_block(self._name, *numbered)
-
-        try:
-            await at_once(list(zip(self._blocks[first:], bodies, strict=True)), stage, 4)
-        except Refused as error:
-            raise mapped(error) from error
-        self._size += len(bodies) * _BLOCK
+        self._blocks += [f"{self._id}{first + number:08d}" for number in range(count)]
+        with mapped():
+            await at_once(
+                list(zip(self._blocks[first:], bodies, strict=True)),
+                lambda block: self._account.stage_block(self._name, *block),
+                _BLOCKS,
+            )
 
     async def close(self) -> Entry:
-        data, size = bytes(self._data), self._size + len(self._data)
-        earlier = self._driver._written.get(self._key)
+        if self._blocks and self._data:
+            await self._send(1)
         self._sent = True
-        try:
+        earlier = self._driver._written.get(self._key)
+        with mapped():
             if self._blocks:
-                if data:
-                    self._blocks.append(f"{self._id}{len(self._blocks):08d}")
-                    await self._account.stage_block(self._name, self._blocks[-1], data)
                 identity = await self._account.put_blocks(self._name, self._blocks, self._id, replaces=earlier)
             else:
-                identity = await self._account.put(self._name, data, self._id, replaces=earlier)
-        except Refused as error:
-            raise mapped(error) from error
+                identity = await self._account.put(self._name, bytes(self._data), self._id, replaces=earlier)
         self._driver._written[self._key] = identity
-        return Entry(self._path, size, identity, self._handle)
+        return Entry(self._path, self._size, identity, self._handle)
 
     async def abort(self) -> None:
         # Blocks that were never put together are nowhere to be seen, and expire.
-        if not self._sent:
-            return
-        try:
-            there = await self._account.head(self._name, write=self._id)
-            if there is not None:
-                await self._account.delete(self._name, there.identity)
-        except Refused as error:
-            raise mapped(error) from error
+        if self._sent:
+            with mapped():
+                there = await self._account.head(self._name, write=self._id)
+                if there is not None:
+                    await self._account.delete(self._name, there.identity)
+
+
+class _Clients(NamedTuple):
+    """The two interfaces to one file system."""
+
+    names: FileSystemClient
+    blobs: ContainerClient
 
 
 class _Account:
@@ -436,34 +428,32 @@ class _Account:
     ) -> None:
         self.limit = Limit(limit)
         self._location, self._credential, self._client = location, credential, client
-        self._send = Requests(self.limit)
-        self._opened: tuple[FileSystemClient, ContainerClient] | None = None
+        self._requests = Requests(self.limit)
+        self._opening = anyio.Lock()
+        self._opened: _Clients | None = None
         self._services: list[DataLakeServiceClient | BlobServiceClient] = []
 
-    def _clients(self) -> tuple[FileSystemClient, ContainerClient]:
-        """One client for each of the two interfaces; made on use, since they belong to the running event loop."""
-        if self._opened is None:
-            service = self._client
-            if service is None:
-                service = DataLakeServiceClient(
-                    self._location.account, **client_options(self._credential, self._location.sas)
-                )
-                self._services.append(service)
-            blobs = BlobServiceClient(
-                service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None)
-            )
-            self._services.append(blobs)
-            container = self._location.container
-            self._opened = service.get_file_system_client(container), blobs.get_container_client(container)
-        return self._opened
+    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+        async with self._opening:
+            if self._opened is None:
+                # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
+                library = sniffio.current_async_library()
+                self._opened = await to_thread.run_sync(lambda: self._open(library))
+        clients = self._opened
+        return await self._requests(what, lambda: request(clients))
 
-    @property
-    def _names(self) -> FileSystemClient:
-        return self._clients()[0]
-
-    @property
-    def _blobs(self) -> ContainerClient:
-        return self._clients()[1]
+    def _open(self, library: str) -> _Clients:
+        service = self._client
+        if service is None:
+            options = client_options(self._credential, self._location.sas, library)
+            service = DataLakeServiceClient(self._location.account, **options)
+            self._services.append(service)
+        blobs = BlobServiceClient(
+            service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None, library)
+        )
+        self._services.append(blobs)
+        container = self._location.container
+        return _Clients(service.get_file_system_client(container), blobs.get_container_client(container))
 
     async def aclose(self) -> None:
         services, self._services, self._opened = self._services, [], None
@@ -472,9 +462,10 @@ class _Account:
 
     async def check(self, url: str) -> None:
         """Raise `Unsupported` where the account has no hierarchical namespace, or there is no such file system."""
-        root = self._names.get_directory_client("/")
         try:
-            await self._send("looking at the file system", root.get_access_control)
+            await self._send(
+                "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
+            )
         except Refused as error:
             if error.status == 404:
                 raise Unsupported(f"There is no file system for {url}; create it first.") from error
@@ -482,51 +473,54 @@ class _Account:
                 raise Unsupported(f"The account of {url} has no hierarchical namespace.") from error
             # Who may not read access control lists may still read and write.
             if error.status != 403:
-                raise mapped(error) from error
+                raise
 
     # ------------------------------------------------------------------------------------------------------------- bytes
 
     async def get(self, name: str) -> tuple[bytes, str] | None:
         """A blob whole, and its ETag."""
 
-        async def get() -> tuple[bytes, str]:
-            stream = await self._blobs.download_blob(name, max_concurrency=1)
+        async def get(to: _Clients) -> tuple[bytes, str]:
+            stream = await to.blobs.download_blob(name, max_concurrency=1)
             return await stream.readall(), bare(stream.properties.etag)
 
-        try:
-            return await self._send(f"reading {name!r}", get)
-        except Refused as error:
-            if error.status == 404:
-                return None
-            raise
+        return await _unless_missing(self._send(f"reading {name!r}", get))
 
     async def put(self, name: str, body: bytes, write: str = "", *, replaces: str | None) -> str:
         """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
-        blob = self._blobs.get_blob_client(name)
-        return await self._written(
-            name,
-            write,
-            lambda: blob.upload_blob(
-                body, length=len(body), overwrite=True, metadata={_WRITE: write} if write else None, **_if(replaces)
-            ),
-        )
+        if len(body) > _SMALL:
+            # The transport would hold the event loop up with so much in one piece.
+            await self.stage_block(name, block := new_id(), body)
+            return await self.put_blocks(name, [block], write, replaces=replaces)
+
+        async def put(to: _Clients) -> Mapping[str, Any]:
+            blob = to.blobs.get_blob_client(name)
+            return await blob.upload_blob(
+                body, length=len(body), overwrite=True, metadata=_said(write), **_if(replaces)
+            )
+
+        return await self._written(name, write, put)
 
     async def stage_block(self, name: str, block: str, body: bytes) -> None:
         """Send a block that shows nowhere until it is put together with others."""
-        blob = self._blobs.get_blob_client(name)
-        await self._send(f"writing {name!r}", lambda: blob.stage_block(block, body, length=len(body)))
 
-    async def put_blocks(self, name: str, blocks: Sequence[str], write: str, *, replaces: str | None) -> str:
+        async def stage(to: _Clients) -> None:
+            await to.blobs.get_blob_client(name).stage_block(block, io.BytesIO(body), length=len(body))
+
+        await self._send(f"writing {name!r}", stage)
+
+    async def put_blocks(self, name: str, blocks: Sequence[str], write: str = "", *, replaces: str | None) -> str:
         """Make a blob of blocks, under the same conditions as `put`."""
-        blob = self._blobs.get_blob_client(name)
-        listed = [BlobBlock(block) for block in blocks]
-        return await self._written(
-            name, write, lambda: blob.commit_block_list(listed, metadata={_WRITE: write}, **_if(replaces))
-        )
 
-    async def _written(self, name: str, write: str, request: Callable[[], Awaitable[Mapping[str, Any]]]) -> str:
+        async def put(to: _Clients) -> Mapping[str, Any]:
+            blob = to.blobs.get_blob_client(name)
+            return await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
+
+        return await self._written(name, write, put)
+
+    async def _written(self, name: str, write: str, put: Callable[[_Clients], Awaitable[Mapping[str, Any]]]) -> str:
         try:
-            return bare((await self._send(f"writing {name!r}", request))["etag"])
+            return bare((await self._send(f"writing {name!r}", put))["etag"])
         except Refused as error:
             if not write or error.status not in (409, 412):
                 raise
@@ -537,70 +531,61 @@ class _Account:
 
     async def head(self, name: str, *, write: str | None = None) -> Listed | None:
         """A file or a directory by name; None where there is none, or none of that write."""
-        blob = self._blobs.get_blob_client(name)
-        try:
-            found = await self._send(f"looking at {name!r}", blob.get_blob_properties)
-        except Refused as error:
-            if error.status == 404:
-                return None
-            raise
-        if write is not None and found.metadata.get(_WRITE) != write:
+        found = await _unless_missing(
+            self._send(f"looking at {name!r}", lambda to: to.blobs.get_blob_client(name).get_blob_properties())
+        )
+        if found is None or (write is not None and found.metadata.get(_WRITE) != write):
             return None
         return Listed(name, found.size, bare(found.etag), found.metadata.get("hdi_isfolder") == "true")
 
     async def age(self, name: str) -> float | None:
         """Seconds since it was last changed, by the service's own clock."""
-        now: list[str] = []
-        blob = self._blobs.get_blob_client(name)
-        try:
-            found = await self._send(
-                f"looking at {name!r}",
-                lambda: blob.get_blob_properties(
-                    raw_response_hook=lambda answer: now.append(answer.http_response.headers["Date"])
-                ),
+        dates: list[str] = []
+
+        async def look(to: _Clients) -> datetime:
+            found = await to.blobs.get_blob_client(name).get_blob_properties(
+                raw_response_hook=lambda answer: dates.append(answer.http_response.headers["Date"])
             )
-        except Refused as error:
-            if error.status == 404:
-                return None
-            raise
-        return max(0.0, (parsedate_to_datetime(now[-1]) - found.last_modified).total_seconds())
+            return found.last_modified
+
+        changed = await _unless_missing(self._send(f"looking at {name!r}", look))
+        return None if changed is None else max(0.0, (parsedate_to_datetime(dates[-1]) - changed).total_seconds())
 
     # ------------------------------------------------------------------------------------------------------------- names
 
     async def pages(self, directory: str, *, recursive: bool = True) -> AsyncGenerator[list[Listed], None]:
         """What is below a directory, by whole names; nothing where there is no such directory."""
-        pages = self._names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
-        first = True
-        while True:
+        pages: AsyncIterator[AsyncIterator[PathProperties]] | None = None
+
+        async def page(to: _Clients) -> list[Listed] | None:
+            nonlocal pages
+            if pages is None:
+                pages = to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
             try:
-                page = await self._send(f"listing {directory!r}", lambda: anext(pages, None))
-            except Refused as error:
-                if error.status == 404 and first:
-                    return
-                raise mapped(error) from error
-            if page is None:
-                return
-            first = False
-            yield [
-                Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
-                async for found in page
-            ]
+                return [
+                    Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
+                    async for found in await anext(pages)
+                ]
+            except StopAsyncIteration:
+                return None
+
+        while (found := await _unless_missing(self._send(f"listing {directory!r}", page))) is not None:
+            yield found
 
     async def make_directory(self, name: str) -> None:
         """Make a directory and its parents; one that is there stays as it is."""
-        directory = self._names.get_directory_client(name)
+
+        async def make(to: _Clients) -> None:
+            await to.names.get_directory_client(name).create_directory(match_condition=MatchConditions.IfMissing)
+
         try:
-            await self._send(
-                f"making {name!r}", lambda: directory.create_directory(match_condition=MatchConditions.IfMissing)
-            )
+            await self._send(f"making {name!r}", make)
         except Refused as error:
             if error.status != 409:
                 raise
 
     async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
         """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
-        # The SDK decodes the source's name before it encodes it.
-        file = self._names.get_file_client(quote(source))
         conditions = {
             "source_etag": f'"{identity}"',
             "source_match_condition": MatchConditions.IfNotModified,
@@ -608,7 +593,9 @@ class _Account:
             **self.rename_options,
         }
 
-        async def rename() -> None:
+        async def rename(to: _Clients) -> None:
+            # The SDK decodes the source's name before it encodes it.
+            file = to.names.get_file_client(quote(source))
             await file.rename_file(f"{self._location.container}/{goal}", **conditions)
 
         what = f"renaming {source!r} to {goal!r}"
@@ -625,28 +612,37 @@ class _Account:
 
     async def delete(self, name: str, identity: str | None) -> bool:
         """Delete a file, or only what has this ETag; False where there is none."""
-        file = self._names.get_file_client(name)
-        try:
-            await self._send(
-                f"deleting {name!r}", lambda: file.delete_file(**({} if identity is None else _if(identity)))
-            )
-        except Refused as error:
-            if error.status == 404:
-                return False
-            raise
-        return True
+        condition = {} if identity is None else _if(identity)
+
+        async def delete(to: _Clients) -> bool:
+            await to.names.get_file_client(name).delete_file(**condition)
+            return True
+
+        return await _unless_missing(self._send(f"deleting {name!r}", delete)) is not None
 
     async def delete_tree(self, name: str) -> None:
-        """Delete a directory with all below it, in one step that the service takes; one that is gone is fine."""
-        directory = self._names.get_directory_client(name)
-        try:
-            await self._send(f"deleting {name!r}", directory.delete_directory)
-        except Refused as error:
-            if error.status != 404:
-                raise
+        """Delete a directory with all below it; one that is gone is fine."""
+
+        async def delete(to: _Clients) -> None:
+            await to.names.get_directory_client(name).delete_directory()
+
+        await _unless_missing(self._send(f"deleting {name!r}", delete))
 
     rename_options: Mapping[str, Any] = MappingProxyType({})
     """What else the SDK is told at a rename."""
+
+
+async def _unless_missing(request: Awaitable[T]) -> T | None:
+    try:
+        return await request
+    except Refused as error:
+        if error.status != 404:
+            raise
+        return None
+
+
+def _said(write: str) -> dict[str, str] | None:
+    return {_WRITE: write} if write else None
 
 
 def _if(etag: str | None) -> dict[str, Any]:

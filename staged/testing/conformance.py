@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import os
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -75,14 +75,22 @@ class DriverConformance:
             raise TypeError(f"{cls.__name__} cannot be left out by __test__.")
 
     @pytest.fixture
-    def target(self, tmp_path_factory: pytest.TempPathFactory) -> Harness:
-        """One target of this driver."""
-        return self.harness(tmp_path_factory.mktemp("target"))
+    async def kind(self, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Kind]:
+        """As many targets of this driver as a property needs."""
+        made: list[Harness] = []
+
+        def make() -> Harness:
+            made.append(self.harness(tmp_path_factory.mktemp("target")))
+            return made[-1]
+
+        yield Kind(type(self).__name__, make)
+        for harness in made:
+            await harness.aclose()
 
     @pytest.fixture
-    def kind(self, tmp_path_factory: pytest.TempPathFactory) -> Kind:
-        """As many targets of this driver as a property needs."""
-        return Kind(type(self).__name__, lambda: self.harness(tmp_path_factory.mktemp("target")))
+    async def target(self, kind: Kind) -> Harness:
+        """One target of this driver."""
+        return kind.make()
 
     # ------------------------------------------------------------------------------------------------------------ records
 

@@ -45,3 +45,6 @@ class Harness(ABC):
     @abstractmethod
     async def leftovers(self) -> list[str]:
         """What a backend keeps besides records and the target: staged bytes, pending uploads, trees put aside, held locks."""
+
+    async def aclose(self) -> None:
+        """Close what its processes opened."""
