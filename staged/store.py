@@ -38,12 +38,19 @@ from staged.states import ENDED, Phase
 
 __all__ = ["Store", "open_store"]
 
-# Scheme of a URL -> module and class of its driver, loaded on use.
-_DRIVERS = {
-    "": ("staged.drivers.local", "LocalDriver"),
-    "file": ("staged.drivers.local", "LocalDriver"),
-    "memory": ("staged.drivers.memory", "MemoryDriver"),
-}
+# What a URL begins with -> module and class of its driver, loaded on use, and the extra that it needs.
+_DRIVERS = (
+    (r"file://", "staged.drivers.local", "LocalDriver", ""),
+    (r"memory://", "staged.drivers.memory", "MemoryDriver", ""),
+    (
+        r"(abfss?://[^/]*@|https://)[a-z0-9-]*onelake\.dfs\.fabric\.microsoft\.com/",
+        "staged.drivers.onelake",
+        "OneLakeDriver",
+        "adls",
+    ),
+    (r"abfss?://|https://[a-z0-9-]+\.dfs\.", "staged.drivers.adls", "AdlsDriver", "adls"),
+)
+_SCHEMES = "file, memory, abfss, https"
 
 
 def open_store(
@@ -70,28 +77,35 @@ def open_store(
     text = os.fspath(target)
     if not isinstance(text, str):
         raise InvalidInput("A target is a str, a path or a driver.")
-    scheme, rest = _split(text)
-    module, name = _DRIVERS[scheme]
-    driver_class = getattr(importlib.import_module(module), name)
+    driver_class, argument = _driver_of(text)
     known = [parameter for parameter in inspect.signature(driver_class).parameters if parameter != "path"]
     for option in options:
         if option not in known:
             raise InvalidInput(f"There is no option {option!r} for this store; its options are {', '.join(known)}.")
-    return Store(driver_class(rest, **options), compose(observers))
+    return Store(driver_class(argument, **options), compose(observers))
 
 
-def _split(target: str) -> tuple[str, str]:
-    """A URL's scheme, the same in capitals, and what follows it; no message shows the latter, which may hold a credential."""
+def _driver_of(target: str) -> tuple[Callable[..., Driver], str]:
+    """The driver of a URL or a path, and its first argument; no message shows a URL, which may hold a credential."""
     scheme, found, rest = target.partition("://")
     if not found or "/" in scheme:
-        return "", target
-    scheme = scheme.lower()
-    if not scheme or scheme not in _DRIVERS:
-        what = f"{scheme}:// URLs" if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else "a URL of that form"
-        raise Unsupported(f"There is no driver for {what}; there are drivers for {', '.join(filter(None, _DRIVERS))}.")
-    if scheme == "file" and not rest.startswith("/"):
-        raise InvalidInput("A file URL names an absolute path and no host: file:///lake/flights.")
-    return scheme, rest
+        scheme, rest, url = "file", target, "file://"
+    else:
+        # A scheme is the same in capitals, and so is a host.
+        scheme, url = scheme.lower(), f"{scheme.lower()}://{rest.partition('/')[0].lower()}/"
+        if scheme == "file" and not rest.startswith("/"):
+            raise InvalidInput("A file URL names an absolute path and no host: file:///lake/flights.")
+    for pattern, module, name, extra in _DRIVERS:
+        if re.match(pattern, url):
+            try:
+                driver: Callable[..., Driver] = getattr(importlib.import_module(module), name)
+            except ModuleNotFoundError as missing:
+                if not extra or (missing.name or "").startswith("staged"):
+                    raise
+                raise Unsupported(f"This store needs {missing.name}: pip install 'staged[{extra}]'") from missing
+            return driver, rest if scheme in ("file", "memory") else f"{scheme}://{rest}"
+    what = f"{scheme}:// URLs" if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else "a URL of that form"
+    raise Unsupported(f"There is no driver for {what}; there are drivers for {_SCHEMES}.")
 
 
 class Store:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dfs import DfsServer
+from dfs import DfsServer, File
 
 from staged.driver import Driver
 from staged.drivers.adls import AdlsDriver
@@ -30,7 +30,7 @@ class AdlsHarness(Harness):
         self.control = f"{above}/_staged/{name}/".lstrip("/") if path else "_staged/_staged/"
 
     def process(self, step: Step | None = None) -> Driver:
-        self.drivers.append(AdlsDriver(f"{self.server.url}/{self.filesystem}/{self.path}", credential=SAS, period=0.3))
+        self.drivers.append(AdlsDriver(f"{self.server.url}/{self.filesystem}/{self.path}", credential=SAS, period=0.5))
         return self.drivers[-1]
 
     async def aclose(self) -> None:
@@ -43,9 +43,9 @@ class AdlsHarness(Harness):
     async def files(self) -> Files:
         found = {}
         start = f"{self.path}/" if self.path else ""
-        for name in self.server.namespace.paths(self.filesystem):
-            if name.startswith(start) and "_staged" not in name.split("/"):
-                found[name[len(start) :]] = self.server.namespace.read(self.filesystem, name)
+        for name, node in self.server.namespace.walk(self.filesystem):
+            if isinstance(node, File) and name.startswith(start) and "_staged" not in name.split("/"):
+                found[name[len(start) :]] = node.data
         return found
 
     async def put(self, path: str, data: bytes) -> None:

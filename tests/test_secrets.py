@@ -93,7 +93,7 @@ def logged() -> Iterator[io.StringIO]:
 @pytest.fixture(autouse=True)
 def vault(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The driver is registered under its scheme, as those of the package are."""
-    monkeypatch.setitem(store_module._DRIVERS, "vault", (__name__, "VaultDriver"))
+    monkeypatch.setattr(store_module, "_DRIVERS", ((r"vault://", __name__, "VaultDriver", ""),))
     yield
     VaultDriver.storages.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
 
-__all__ = ["Location", "Requests", "bare", "client_options"]
+__all__ = ["Location", "Requests", "bare", "client_options", "in_trio"]
 
 T = TypeVar("T")
 
@@ -68,8 +69,8 @@ class Location:
         return cls(f"{scheme}://{host}", container, path, parts.query or None)
 
 
-def client_options(credential: Credential | None, sas: str | None, library: str) -> dict[str, Any]:
-    """What every client is made with: the credential, no retries of its own, and a transport for the event loop of that library."""
+def client_options(credential: Credential | None, sas: str | None, *, trio: bool) -> dict[str, Any]:
+    """What every client is made with: the credential, no retries of its own, and a transport for the event loop."""
     if credential is not None and sas is not None:
         raise InvalidInput("The URL holds a shared access signature; a credential cannot be passed beside it.")
     if sas is not None or isinstance(credential, str) or hasattr(credential, "signature"):
@@ -80,12 +81,18 @@ def client_options(credential: Credential | None, sas: str | None, library: str)
         "retry_total": 0,
         "connection_timeout": _TIMEOUT,
         "read_timeout": _TIMEOUT,
-        "transport": _transport(library),
+        "transport": _transport(trio=trio),
     }
 
 
-def _transport(library: str) -> object:
-    if library == "trio":
+def in_trio() -> bool:
+    """Whether the running event loop is trio's."""
+    trio = sys.modules.get("trio")
+    return trio is not None and trio.lowlevel.in_trio_run()
+
+
+def _transport(*, trio: bool) -> object:
+    if trio:
         from azure.core.pipeline.transport import TrioRequestsTransport
 
         return TrioRequestsTransport()

@@ -15,15 +15,16 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
+from secrets import token_hex
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import anyio
-import sniffio
 from anyio import to_thread
 from azure.core import MatchConditions
 from azure.storage.blob import BlobBlock
@@ -31,12 +32,11 @@ from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
 from staged.driver import Driver, LogHandle, Record
-from staged.drivers._azure import Location, Requests, bare, client_options
+from staged.drivers._azure import Location, Requests, bare, client_options, in_trio
 from staged.drivers._cloud import Limit, Refused, at_once, mapped
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, join
-from staged.states import new_id
 
 if TYPE_CHECKING:
     from azure.storage.filedatalake import PathProperties
@@ -80,7 +80,8 @@ class AdlsDriver(Driver):
         period: Seconds of silence after which a writer that commits is taken for dead.
     """
 
-    _scheme = "abfss"
+    rename_options: Mapping[str, Any] = MappingProxyType({})
+    """What else the SDK is told at a rename."""
 
     def __init__(
         self,
@@ -92,14 +93,14 @@ class AdlsDriver(Driver):
         period: float = 30.0,
     ) -> None:
         self._location = Location.parse(path)
-        self._account = _Account(self._location, credential, client, limit)
+        self._account = _Account(self._location, credential, client, limit, self.rename_options)
         self._period, self._owner = period, True
         self._place(self._location.path)
 
     def _place(self, path: str) -> None:
         """Where the target and its control area are in the file system."""
         self._path = path
-        self.url = f"{self._scheme}://{self._location.container}@{self._location.account.partition('://')[2]}/{path}"
+        self.url = f"abfss://{self._location.container}@{self._location.account.partition('://')[2]}/{path}"
         above, _, name = path.rpartition("/")
         self._inside = not self._can_be_renamed(path)
         self._control = join(path, f"{RESERVED}/{RESERVED}") if self._inside else join(above, f"{RESERVED}/{name}")
@@ -110,7 +111,7 @@ class AdlsDriver(Driver):
 
     async def probe(self) -> Capabilities:
         with mapped():
-            await self._account.check(self.url)
+            await self._check()
             there = await self._account.head(self._path) if self._path else None
         if there is not None and not there.is_dir:
             raise Unsupported(f"{self.url} is a file; a target is a directory.")
@@ -120,6 +121,19 @@ class AdlsDriver(Driver):
             # Between the two renames there is no target; and a listing of several pages may straddle them.
             guarantees[Mode.FULL_DROP] = always - {"no_gap"}
         return Capabilities(fence="consumed", swaps_trees=not self._inside, period=self._period, guarantees=guarantees)
+
+    async def _check(self) -> None:
+        """Raise `Unsupported` where this is no place for a target."""
+        try:
+            await self._account.look_at_root()
+        except Refused as error:
+            if error.status == 404:
+                raise Unsupported(f"There is no file system for {self.url}; create it first.") from error
+            if error.status == 400:
+                raise Unsupported(f"The account of {self.url} has no hierarchical namespace.") from error
+            # Who may not read access control lists may still read and write.
+            if error.status != 403:
+                raise
 
     def child(self, path: str) -> AdlsDriver:
         child = object.__new__(type(self))
@@ -172,8 +186,8 @@ class AdlsDriver(Driver):
 
     async def _names(self, directory: str, *, trees: bool = False) -> list[str]:
         """The names of the files, or of the directories, in a directory of the control area."""
-        pages = self._account.pages(directory, recursive=False)
-        return [found.path.rpartition("/")[2] async for page in pages for found in page if found.is_dir == trees]
+        async with aclosing(self._account.pages(directory, recursive=False)) as pages:
+            return [found.path.rpartition("/")[2] async for page in pages for found in page if found.is_dir == trees]
 
     async def delete_control(self, keys: Sequence[str]) -> None:
         await self._delete_all([self._key(key) for key in keys if not key.endswith(f"/{_STAGING}")])
@@ -194,15 +208,14 @@ class AdlsDriver(Driver):
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
         left = {join(self._tree(tx), entry.path): entry for entry in entries}
         with mapped():
-            async for page in self._account.pages(self._tree(tx)):
-                for found in page:
-                    if found.is_dir:
-                        continue
-                    entry = left.pop(found.path, None)
-                    if entry is None:
-                        raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
-                    if (entry.identity, entry.size) != (found.identity, found.size):
-                        raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
+            async with aclosing(self._account.pages(self._tree(tx))) as pages:
+                staged = [found async for page in pages for found in page if not found.is_dir]
+        for found in staged:
+            entry = left.pop(found.path, None)
+            if entry is None:
+                raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
+            if (entry.identity, entry.size) != (found.identity, found.size):
+                raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
         if left:
             raise StagingError(f"{next(iter(left.values())).path!r} is no longer staged.")
 
@@ -227,22 +240,24 @@ class AdlsDriver(Driver):
     ) -> AsyncGenerator[Sequence[Listed], None]:
         with mapped():
             if names is None:
-                async for page in self._account.pages(join(self._path, prefix)):
-                    yield [self._below(found) for found in page if not self._is_ours(found.path)]
+                async with aclosing(self._account.pages(join(self._path, prefix))) as pages:
+                    async for page in pages:
+                        yield [self._below(found) for found in page if not self._is_ours(found.path)]
             else:
                 yield [self._below(found) for found in await self._find({join(self._path, name) for name in names})]
 
     async def _find(self, names: Collection[str]) -> Sequence[Listed]:
         """What has one of these names: a page of a listing costs one request, and so does a name."""
         found: Sequence[Listed] = []
-        pages = 0
-        async for page in self._account.pages(self._path):
-            found = [*found, *(listed for listed in page if listed.path in names)]
-            pages += 1
-            if pages > len(names) // self._account.limit.most:
-                break
-        else:
-            return found
+        left = 1 + len(names) // self._account.limit.most
+        async with aclosing(self._account.pages(self._path)) as pages:
+            async for page in pages:
+                found = [*found, *(listed for listed in page if listed.path in names)]
+                left -= 1
+                if not left:
+                    break
+            else:
+                return found
         looked = await self._at_once(names, self._account.head)
         return [listed for listed in looked if listed is not None]
 
@@ -297,10 +312,11 @@ class AdlsDriver(Driver):
             await self._account.make_directory(self._tree(tx))
             new, target = await self._account.head(self._tree(tx)), await self._account.head(self._path)
             if target is not None:
-                async for page in self._account.pages(self._path):
-                    for found in map(self._below, page):
-                        if RESERVED in found.path.split("/"):
-                            raise Conflict.covering(found.path)
+                async with aclosing(self._account.pages(self._path)) as pages:
+                    async for page in pages:
+                        for found in map(self._below, page):
+                            if RESERVED in found.path.split("/"):
+                                raise Conflict.covering(found.path)
         if new is None:
             raise StorageError(f"The staging of transaction {tx} is gone.")
         return Trees(new.identity, None if target is None else target.identity)
@@ -333,7 +349,7 @@ class AdlsDriver(Driver):
         if moved is None or moved.identity != trees.target:
             return None
         # A stranger came while there was no target.
-        foreign = f"{self._control}/foreign/{new_id()}"
+        foreign = f"{self._control}/foreign/{token_hex(12)}"
         _log.warning("Something foreign came to %s during a commit; it is kept at %s.", self.url, foreign)
         return foreign
 
@@ -366,7 +382,7 @@ class _Writer:
         self._account = driver._account
         self._handle = f"{_STAGING}/{tx}/tree/{path}"
         self._name = f"{driver._control}/{self._handle}"
-        self._id = new_id()
+        self._id = token_hex(12)
         self._data = bytearray()
         self._blocks: list[str] = []
         self._size = 0
@@ -424,9 +440,15 @@ class _Account:
     """Single requests to one file system, each as the SDK makes it; whatever is refused is `Refused`."""
 
     def __init__(
-        self, location: Location, credential: Credential | None, client: DataLakeServiceClient | None, limit: int
+        self,
+        location: Location,
+        credential: Credential | None,
+        client: DataLakeServiceClient | None,
+        limit: int,
+        rename_options: Mapping[str, Any],
     ) -> None:
         self.limit = Limit(limit)
+        self._rename_options = rename_options
         self._location, self._credential, self._client = location, credential, client
         self._requests = Requests(self.limit)
         self._opening = anyio.Lock()
@@ -437,19 +459,19 @@ class _Account:
         async with self._opening:
             if self._opened is None:
                 # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
-                library = sniffio.current_async_library()
-                self._opened = await to_thread.run_sync(lambda: self._open(library))
+                trio = in_trio()
+                self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
         clients = self._opened
         return await self._requests(what, lambda: request(clients))
 
-    def _open(self, library: str) -> _Clients:
+    def _open(self, *, trio: bool) -> _Clients:
         service = self._client
         if service is None:
-            options = client_options(self._credential, self._location.sas, library)
+            options = client_options(self._credential, self._location.sas, trio=trio)
             service = DataLakeServiceClient(self._location.account, **options)
             self._services.append(service)
         blobs = BlobServiceClient(
-            service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None, library)
+            service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None, trio=trio)
         )
         self._services.append(blobs)
         container = self._location.container
@@ -460,20 +482,11 @@ class _Account:
         for service in services:
             await service.close()
 
-    async def check(self, url: str) -> None:
-        """Raise `Unsupported` where the account has no hierarchical namespace, or there is no such file system."""
-        try:
-            await self._send(
-                "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
-            )
-        except Refused as error:
-            if error.status == 404:
-                raise Unsupported(f"There is no file system for {url}; create it first.") from error
-            if error.status == 400:
-                raise Unsupported(f"The account of {url} has no hierarchical namespace.") from error
-            # Who may not read access control lists may still read and write.
-            if error.status != 403:
-                raise
+    async def look_at_root(self) -> None:
+        """Ask for the access control of the root, which only a hierarchical namespace has."""
+        await self._send(
+            "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
+        )
 
     # ------------------------------------------------------------------------------------------------------------- bytes
 
@@ -490,7 +503,7 @@ class _Account:
         """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
         if len(body) > _SMALL:
             # The transport would hold the event loop up with so much in one piece.
-            await self.stage_block(name, block := new_id(), body)
+            await self.stage_block(name, block := token_hex(12), body)
             return await self.put_blocks(name, [block], write, replaces=replaces)
 
         async def put(to: _Clients) -> Mapping[str, Any]:
@@ -590,7 +603,7 @@ class _Account:
             "source_etag": f'"{identity}"',
             "source_match_condition": MatchConditions.IfNotModified,
             **_if(replaces),
-            **self.rename_options,
+            **self._rename_options,
         }
 
         async def rename(to: _Clients) -> None:
@@ -627,9 +640,6 @@ class _Account:
             await to.names.get_directory_client(name).delete_directory()
 
         await _unless_missing(self._send(f"deleting {name!r}", delete))
-
-    rename_options: Mapping[str, Any] = MappingProxyType({})
-    """What else the SDK is told at a rename."""
 
 
 async def _unless_missing(request: Awaitable[T]) -> T | None:

@@ -1,0 +1,84 @@
+"""Microsoft OneLake: the same driver under OneLake's rules.
+
+A file system is a workspace, and a path begins with an item and one of its folders, such as `sales.Lakehouse/Files`, or with
+the GUIDs of both. Items and their folders are managed by Fabric: nothing is created, renamed or deleted there. There are no
+leases, and none are used. Whether conditions are honoured is not documented: it is tried when the first transaction begins,
+and where they are not, commits are declared neither serialised nor fenced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from secrets import token_hex
+from types import MappingProxyType
+from typing import Any
+
+from staged.drivers._cloud import Refused, mapped
+from staged.drivers.adls import AdlsDriver
+from staged.errors import Unsupported
+from staged.model import Capabilities
+
+__all__ = ["OneLakeDriver"]
+
+_MANAGED = 2
+"""Levels that Fabric manages: the item, and its folders such as `Files` and `Tables`."""
+
+
+class OneLakeDriver(AdlsDriver):
+    """One target in an item of a workspace.
+
+    Args:
+        path: `abfss://workspace@onelake.dfs.fabric.microsoft.com/item.Lakehouse/Files/path`, or the same as `https://`, by
+            names or by GUIDs. The other arguments are those of `AdlsDriver`.
+    """
+
+    # Which query parameters of a rename are taken is not documented; without a mode a file or tree goes to a free name too.
+    rename_options: Mapping[str, Any] = MappingProxyType({"mode": None})
+
+    def _can_be_renamed(self, path: str) -> bool:
+        return len(path.split("/")) > _MANAGED
+
+    async def _check(self) -> None:
+        parts = self._path.split("/")
+        if len(parts) < _MANAGED:
+            raise Unsupported(
+                f"{self.url} is no place for files: name an item and its folder, such as x.Lakehouse/Files."
+            )
+        folder = await self._account.head("/".join(parts[:_MANAGED]))
+        if folder is None:
+            raise Unsupported(f"There is no such item or folder in the workspace: {'/'.join(parts[:_MANAGED])}.")
+
+    async def probe(self) -> Capabilities:
+        found = await super().probe()
+        with mapped():
+            honoured = await self._honours_conditions()
+        if honoured:
+            return found
+        weaker = {mode: given - {"serialised", "fenced"} for mode, given in found.guarantees.items()}
+        return replace(found, guarantees=weaker)
+
+    async def _honours_conditions(self) -> bool:
+        """Try each kind of condition that a commit rests on, over files of its own."""
+        one, other = (f"{self._control}/probe/{token_hex(12)}" for _ in range(2))
+        account = self._account
+        first, second = await account.put(one, b"1", replaces=None), await account.put(other, b"2", replaces=None)
+        tries = (
+            lambda: account.put(one, b"3", replaces=None),
+            lambda: account.put(one, b"3", replaces=second),
+            lambda: account.rename(one, first, other, None, set()),
+            lambda: account.rename(one, second, f"{one}-moved", None, set()),
+            lambda: account.delete(one, second),
+        )
+        try:
+            for attempt in tries:
+                try:
+                    await attempt()
+                except Refused as error:
+                    if error.status not in (409, 412):
+                        raise
+                else:
+                    return False
+            return True
+        finally:
+            await account.delete_tree(f"{self._control}/probe")
