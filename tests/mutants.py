@@ -209,7 +209,7 @@ MUTANTS = [
         "commit.py",
         "if freed and decided.ledger is not None:",
         "if decided.ledger is not None:",
-        (*EXPLORED, SYNCS, CALLS),
+        (SYNCS, CALLS, *EXPLORED),
     ),
     # Recovery
     Mutant(

@@ -20,6 +20,7 @@ import trio.testing
 from staged import (
     Busy,
     Conflict,
+    Fenced,
     InvalidInput,
     InvalidPath,
     StagedError,
@@ -30,9 +31,12 @@ from staged import (
     WrongState,
     open_store,
 )
+from staged.control import Target
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.lifecycle import Transaction
 from staged.model import Decided, Entry, Event, Finished, Prepared, Published, Staged
+from staged.recovery import abort
 from staged.states import Phase
 from staged.store import Store
 from staged.testing.faults import FaultDriver, Moment
@@ -792,9 +796,12 @@ def test_a_holder_that_is_slow_but_shows_signs_of_life_is_waited_for(pauses: dic
     assert [last.transaction] == ids[1:]
 
 
-async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_and_discards_nothing() -> None:
+@pytest.mark.parametrize("last", ["read outcome/", "cas tx/"])
+async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_and_discards_nothing(last: str) -> None:
     storage = MemoryStorage()
     publishing, collected = anyio.Event(), anyio.Event()
+    seen: set[str] = set()
+    aborting = False
 
     def store(gate: Callable[[str, Moment], Awaitable[None]]) -> Store:
         return open_store(FaultDriver(MemoryDriver(storage=storage, fence="consumed"), gate))
@@ -805,7 +812,12 @@ async def test_a_rollback_that_comes_after_its_transaction_was_acquired_fails_an
             await collected.wait()
 
     async def late(name: str, moment: Moment) -> None:
-        if name.startswith("cas tx/") and moment == "before" and not publishing.is_set():
+        nonlocal aborting
+        # What it wants to roll back it reads twice: to tell what it is, and to abort it.
+        if moment == "before":
+            aborting = aborting or (name.startswith("read tx/") and name in seen)
+            seen.add(name)
+        if name.startswith(last) and moment == "before" and aborting and not publishing.is_set():
             tasks.start_soon(tx.commit)
             await publishing.wait()
 
@@ -903,3 +915,103 @@ async def test_nothing_is_published_on_a_decision_that_was_only_read_back() -> N
     assert silent == 0
     before = calls[: calls.index("publish")]
     assert before[-2:] == ["read head", "cas head"], "it was not written once more"
+
+
+class Paused:
+    """A process on a store that tells death by silence; it pauses before a call until it is let go."""
+
+    def __init__(self, storage: MemoryStorage, at: str, *, period: float = 0.02) -> None:
+        self.at, self.reached, self.go = at, anyio.Event(), anyio.Event()
+        self.driver = FaultDriver(MemoryDriver(storage=storage, fence="consumed", period=period), self._gate)
+        self.store = open_store(self.driver)
+
+    async def _gate(self, name: str, moment: Moment) -> None:
+        if moment == "before" and name.startswith(self.at) and not self.reached.is_set():
+            self.reached.set()
+            await self.go.wait()
+
+
+async def prepared(store: Store) -> Transaction:
+    tx = await store.begin("append")
+    await tx.write("a", b"1")
+    await tx.prepare()
+    return tx
+
+
+async def test_a_decided_commit_is_told_from_a_prepared_one_while_it_is_published() -> None:
+    storage = MemoryStorage()
+    writer, other = Paused(storage, "publish"), MemoryDriver(storage=storage, fence="consumed")
+    tx = await prepared(writer.store)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tx.commit)
+        await writer.reached.wait()
+        assert (await open_store(other).outcome(tx.id)).state == "committing"
+        # A rollback says so at once, and waits for nobody.
+        target = Target(other, await other.probe())
+        assert (await abort(target, tx.id, "another", sole=False)).state == "committing"
+        writer.go.set()
+    assert storage.below("target") == {"a": b"1"}
+
+
+async def test_a_writer_that_was_overtaken_while_it_published_is_told_that_it_was_fenced() -> None:
+    storage = MemoryStorage()
+    writer = Paused(storage, "publish")
+    other = open_store(MemoryDriver(storage=storage, fence="consumed", period=0.02))
+    tx = await prepared(writer.store)
+    async with anyio.create_task_group() as tasks:
+
+        async def late() -> None:
+            with pytest.raises(Fenced):
+                await tx.commit()
+
+        tasks.start_soon(late)
+        await writer.reached.wait()
+        assert (await other.recover()).finished == (tx.id,)
+        # What was published is gone by now, as a late publish finds it.
+        async with other.staged_write("overwrite_files") as later:
+            await later.write("a", b"2")
+        writer.go.set()
+    assert (await other.outcome(tx.id)).state == "committed"
+    assert storage.below("target") == {"a": b"2"}
+
+
+async def test_what_holds_the_head_is_not_rolled_back_under_its_hands() -> None:
+    storage = MemoryStorage()
+    writer = Paused(storage, "put_segment ledger-", period=30.0)
+    other = MemoryDriver(storage=storage, fence="consumed")
+    tx = await prepared(writer.store)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tx.commit)
+        await writer.reached.wait()
+        target = Target(other, await other.probe())
+        with pytest.raises(Busy):
+            await abort(target, tx.id, "another", sole=False)
+        writer.go.set()
+    assert tx.receipt.phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
+
+
+async def test_what_was_committed_is_never_called_rolled_back() -> None:
+    storage = MemoryStorage()
+    writer = Paused(storage, "list_control tx/")  # all is done but for the clean-up
+    other = MemoryDriver(storage=storage, fence="consumed")
+    tx = await prepared(writer.store)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(tx.commit)
+        await writer.reached.wait()
+        target = Target(other, await other.probe())
+        assert (await abort(target, tx.id, "another", sole=True)).state == "committed"
+        writer.go.set()
+    assert (await open_store(other).outcome(tx.id)).state == "committed"
+    assert storage.below("target") == {"a": b"1"}
+
+
+async def test_a_transaction_is_rolled_back_only_by_whoever_resumed_it_last() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await prepared(first)
+    resumed = await second.resume(tx.id)
+    with pytest.raises(StagedError):
+        await tx.rollback()
+    assert (await resumed.commit()).phase == "committed"
+    assert storage.below("target") == {"a": b"1"}
