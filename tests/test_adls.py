@@ -11,6 +11,7 @@ from dfs import DfsServer, File
 
 from staged.driver import Driver
 from staged.drivers.adls import AdlsDriver
+from staged.drivers.onelake import OneLakeDriver
 from staged.testing.conformance import DriverConformance
 from staged.testing.harness import Files, Harness, Step
 
@@ -19,18 +20,32 @@ _NUMBERS = itertools.count()
 
 
 class AdlsHarness(Harness):
-    """A directory of a file system of its own; without a path it is the file system itself, whose tree cannot be renamed."""
+    """A target in a file system, or in an item of OneLake, of its own.
+
+    Args:
+        path: Its directory; empty where the target is the file system or the item's folder, which cannot be renamed.
+    """
 
     def __init__(self, server: DfsServer, path: str = "lake/target") -> None:
-        self.server, self.path = server, path
+        self.server = server
         self.filesystem = f"fs{next(_NUMBERS)}"
-        server.namespace.create_filesystem(self.filesystem)
         self.drivers: list[Driver] = []
-        above, _, name = path.rpartition("/")
-        self.control = f"{above}/_staged/{name}/".lstrip("/") if path else "_staged/_staged/"
+        self.kind: type[AdlsDriver] = AdlsDriver
+        self.path = path
+        if server.onelake is None:
+            server.namespace.create_filesystem(self.filesystem)
+        else:
+            server.add_item(self.filesystem, "sales.Lakehouse")
+            self.kind, self.path = OneLakeDriver, f"sales.Lakehouse/Files/{path}".rstrip("/")
+        above, _, name = self.path.rpartition("/")
+        self.control = f"{above}/_staged/{name}/".lstrip("/") if path else f"{self.path}/_staged/_staged/".lstrip("/")
+
+    @property
+    def url(self) -> str:
+        return f"{self.server.url}/{self.filesystem}/{self.path}"
 
     def process(self, step: Step | None = None) -> Driver:
-        self.drivers.append(AdlsDriver(f"{self.server.url}/{self.filesystem}/{self.path}", credential=SAS, period=0.5))
+        self.drivers.append(self.kind(self.url, credential=SAS, period=0.5))
         return self.drivers[-1]
 
     async def aclose(self) -> None:
@@ -40,47 +55,71 @@ class AdlsHarness(Harness):
     async def kill(self, driver: Driver) -> None:
         pass
 
-    async def files(self) -> Files:
-        found = {}
+    def content(self) -> Files:
         start = f"{self.path}/" if self.path else ""
-        for name, node in self.server.namespace.walk(self.filesystem):
-            if isinstance(node, File) and name.startswith(start) and "_staged" not in name.split("/"):
-                found[name[len(start) :]] = node.data
-        return found
+        nodes = self.server.namespace.walk(self.filesystem)
+        return {
+            name[len(start) :]: node.data
+            for name, node in nodes
+            if isinstance(node, File) and name.startswith(start) and "_staged" not in name.split("/")
+        }
+
+    async def files(self) -> Files:
+        return self.content()
 
     async def put(self, path: str, data: bytes) -> None:
         name = f"{self.path}/{path}" if self.path else path
-        namespace = self.server.namespace
-        namespace.put_block(self.filesystem, name, "a", data)
-        namespace.put_block_list(self.filesystem, name, ["a"])
+        self.server.namespace.put_block(self.filesystem, name, "a", data)
+        self.server.namespace.put_block_list(self.filesystem, name, ["a"])
 
     async def delete(self, path: str) -> None:
         self.server.namespace.delete(self.filesystem, f"{self.path}/{path}" if self.path else path)
 
     async def leftovers(self) -> list[str]:
         names = self.server.namespace.paths(self.filesystem)
-        return [name for name in names if name.startswith((f"{self.control}staging/", f"{self.control}old/"))]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[DfsServer]:
-    with DfsServer() as server:
-        yield server
+        kept = ("staging/", "old/", "probe")
+        return [name for name in names if name.startswith(tuple(f"{self.control}{kind}" for kind in kept))]
 
 
 class TestAdls(DriverConformance):
     @pytest.fixture(autouse=True)
-    def _server(self, server: DfsServer) -> None:
-        type(self).server = server
+    def _server(self) -> Iterator[None]:
+        with DfsServer() as self.server:
+            yield
 
     def harness(self, directory: Path) -> Harness:
         return AdlsHarness(self.server)
 
 
 class TestAdlsRoot(DriverConformance):
+    """A whole file system, whose tree cannot be renamed."""
+
     @pytest.fixture(autouse=True)
-    def _server(self, server: DfsServer) -> None:
-        type(self).server = server
+    def _server(self) -> Iterator[None]:
+        with DfsServer() as self.server:
+            yield
+
+    def harness(self, directory: Path) -> Harness:
+        return AdlsHarness(self.server, "")
+
+
+class TestOneLake(DriverConformance):
+    @pytest.fixture(autouse=True)
+    def _server(self) -> Iterator[None]:
+        with DfsServer(onelake=True) as self.server:
+            yield
+
+    def harness(self, directory: Path) -> Harness:
+        return AdlsHarness(self.server)
+
+
+class TestOneLakeFolder(DriverConformance):
+    """A folder of an item, which Fabric manages."""
+
+    @pytest.fixture(autouse=True)
+    def _server(self) -> Iterator[None]:
+        with DfsServer(onelake=True) as self.server:
+            yield
 
     def harness(self, directory: Path) -> Harness:
         return AdlsHarness(self.server, "")

@@ -68,7 +68,7 @@ class Limit:
             Refused: It lasts.
         """
         async for attempt in stamina.retry_context(
-            on=_backoff, attempts=_ATTEMPTS, timeout=None, wait_initial=0.05, wait_max=5.0
+            on=_backoff, attempts=_ATTEMPTS, timeout=None, wait_initial=0.05, wait_max=5.0, wait_jitter=0.1
         ):
             with attempt:
                 return await self._send_once(request)

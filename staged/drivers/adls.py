@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from staged.drivers._azure import Credential
 
-__all__ = ["AdlsDriver"]
+__all__ = ["STAGING", "AdlsDriver"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -61,7 +61,8 @@ _TRIES = 4
 """Looks at the trees of a swap: two renames, and as many strangers in between."""
 _MISSED = frozenset((404, 409, 412))
 """What is answered where something is not, or not as, the condition said."""
-_STAGING = "staging"
+STAGING = "staging"
+"""Where the transactions' staging lies in the control area."""
 _WRITE = "staged"
 """The name of the metadata that says by which write a blob came to be."""
 
@@ -179,9 +180,7 @@ class AdlsDriver(Driver):
                 keys = await self._names(self._control)
             if kind == "tx" and slash:
                 # Staging whose record is gone is found by what lies there.
-                keys += [
-                    f"tx/{name}/{_STAGING}" for name in await self._names(f"{self._control}/{_STAGING}", trees=True)
-                ]
+                keys += [f"tx/{name}/{STAGING}" for name in await self._names(f"{self._control}/{STAGING}", trees=True)]
         return sorted(key for key in keys if key.startswith(prefix))
 
     async def _names(self, directory: str, *, trees: bool = False) -> list[str]:
@@ -190,7 +189,7 @@ class AdlsDriver(Driver):
             return [found.path.rpartition("/")[2] async for page in pages for found in page if found.is_dir == trees]
 
     async def delete_control(self, keys: Sequence[str]) -> None:
-        await self._delete_all([self._key(key) for key in keys if not key.endswith(f"/{_STAGING}")])
+        await self._delete_all([self._key(key) for key in keys if not key.endswith(f"/{STAGING}")])
 
     async def age(self, key: str) -> float | None:
         with mapped():
@@ -199,7 +198,7 @@ class AdlsDriver(Driver):
     # ----------------------------------------------------------------------------------------------------------- staging
 
     def _tree(self, tx: str) -> str:
-        return f"{self._control}/{_STAGING}/{tx}/tree"
+        return f"{self._control}/{STAGING}/{tx}/tree"
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
         # What is staged is found by its place: nothing is to be logged.
@@ -224,7 +223,7 @@ class AdlsDriver(Driver):
             await self._delete_all([f"{self._control}/{handle}" for handle in handles])
             return
         with mapped():
-            await self._account.delete_tree(f"{self._control}/{_STAGING}/{tx}")
+            await self._account.delete_tree(f"{self._control}/{STAGING}/{tx}")
 
     async def _delete_all(self, names: Sequence[str]) -> None:
         with mapped():
@@ -380,7 +379,7 @@ class _Writer:
     def __init__(self, driver: AdlsDriver, tx: str, path: str) -> None:
         self._driver, self._path, self._key = driver, path, (tx, path)
         self._account = driver._account
-        self._handle = f"{_STAGING}/{tx}/tree/{path}"
+        self._handle = f"{STAGING}/{tx}/tree/{path}"
         self._name = f"{driver._control}/{self._handle}"
         self._id = token_hex(12)
         self._data = bytearray()

@@ -8,14 +8,14 @@ and where they are not, commits are declared neither serialised nor fenced.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from secrets import token_hex
 from types import MappingProxyType
 from typing import Any
 
 from staged.drivers._cloud import Refused, mapped
-from staged.drivers.adls import AdlsDriver
+from staged.drivers.adls import STAGING, AdlsDriver
 from staged.errors import Unsupported
 from staged.model import Capabilities
 
@@ -60,16 +60,18 @@ class OneLakeDriver(AdlsDriver):
 
     async def _honours_conditions(self) -> bool:
         """Try each kind of condition that a commit rests on, over files of its own."""
-        one, other = (f"{self._control}/probe/{token_hex(12)}" for _ in range(2))
+        # Under a name like a transaction's: what a crash leaves of it is collected like staging.
+        place = f"{self._control}/{STAGING}/{token_hex(12)}"
+        one, other = f"{place}/one", f"{place}/other"
         account = self._account
-        first, second = await account.put(one, b"1", replaces=None), await account.put(other, b"2", replaces=None)
-        tries = (
-            lambda: account.put(one, b"3", replaces=None),
-            lambda: account.put(one, b"3", replaces=second),
+        first, second = [await account.put(name, b"1", token_hex(12), replaces=None) for name in (one, other)]
+        tries: list[Callable[[], Awaitable[object]]] = [
+            lambda: account.put(one, b"2", replaces=None),
+            lambda: account.put(one, b"2", replaces=second),
             lambda: account.rename(one, first, other, None, set()),
-            lambda: account.rename(one, second, f"{one}-moved", None, set()),
+            lambda: account.rename(one, second, f"{place}/moved", None, set()),
             lambda: account.delete(one, second),
-        )
+        ]
         try:
             for attempt in tries:
                 try:
@@ -81,4 +83,4 @@ class OneLakeDriver(AdlsDriver):
                     return False
             return True
         finally:
-            await account.delete_tree(f"{self._control}/probe")
+            await account.delete_tree(place)
