@@ -361,7 +361,8 @@ def status_table(status: Status) -> RenderableType:
             "committing": _committing(status),
             "commits": f"{status.commits:,}",
             "last commit": None if last is None else last.transaction + (f", key {last.key}" if last.key else ""),
-            "not ended": _not_ended(status),
+            "not ended": f"{len(status.transactions):,}",
+            "dead": _dead(status),
             "damaged": ", ".join(status.damaged) or None,
             "": _NOBODY if _is_new(status) else None,
         }
@@ -377,15 +378,13 @@ def _committing(status: Status) -> str | None:
     return f"{status.committing}, {'its process is alive' if alive else 'to be completed by `staged recover`'}"
 
 
-def _not_ended(status: Status) -> str:
-    """How many transactions have not ended, and how many of them nobody will end."""
-    left = sum(
+def _dead(status: Status) -> str | None:
+    """How many transactions were not decided when their process died, and wait for nobody."""
+    dead = sum(
         tx.alive is False and tx.id != status.committing and (tx.block or tx.state is not TxState.PREPARED)
         for tx in status.transactions
     )
-    return f"{len(status.transactions):,}" + (
-        f", {left:,} left by dead processes, for `staged recover`" if left else ""
-    )
+    return f"{dead:,}, to be cleaned up by `staged recover`" if dead else None
 
 
 def _is_new(status: Status) -> bool:

@@ -79,7 +79,7 @@ async def run(directory: str, console: Console) -> list[Line]:
         StagedError: A load that should have worked did not.
     """
     await to_thread.run_sync(_check_directory, directory)
-    console.print("Reading the flights of 2013 …")
+    console.print("Reading the flights of 2013; a load is twelve files, one a month …")
     year = await to_thread.run_sync(_read_year)
     show = _Show(directory, year, console)
     with show.progress:
@@ -218,11 +218,7 @@ class _Show:
     def __init__(self, directory: str, year: Year, console: Console) -> None:
         self.lines: list[Line] = []
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("months"),
-            console=console,
+            TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), console=console
         )
         self._directory = directory
         self._year = year

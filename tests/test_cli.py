@@ -346,7 +346,7 @@ def test_status_tells_what_is_left_for_recover_from_what_lives_or_waits_to_be_re
 
     assert "staged recover" not in anyio.run(leave)
     kill_load(target, "Staged")
-    assert "2, 1 left by dead processes, for `staged recover`" in " ".join(staged_status().split())
+    assert "not ended 2 dead 1, to be cleaned up by `staged recover`" in " ".join(staged_status().split())
 
 
 def test_recover_says_where_nobody_ever_wrote(source: Path, target: Path) -> None:
