@@ -6,7 +6,6 @@ end runs in a task of its own, and its caller waits that task out.
 
 from __future__ import annotations
 
-import asyncio
 import contextvars
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
@@ -24,12 +23,15 @@ async def run_to_end(work: Callable[[], Awaitable[T]], *, grace: float, on_cance
     When the caller is cancelled, `on_cancel` is called once, `work` has `grace` seconds more and is then cancelled itself,
     and the cancellation is raised after its end. Further cancellations change nothing.
     """
-    if issubclass(anyio.get_cancelled_exc_class(), asyncio.CancelledError):
+    # Each loop is imported only where it runs already.
+    if anyio.get_cancelled_exc_class().__module__.startswith("asyncio"):
         return await _asyncio(work, grace, on_cancel)
     return await _trio(work, grace, on_cancel)
 
 
 async def _asyncio(work: Callable[[], Awaitable[T]], grace: float, on_cancel: Callable[[], None]) -> T:
+    import asyncio
+
     async def run() -> T:
         return await work()
 

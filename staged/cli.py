@@ -10,8 +10,8 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
@@ -23,15 +23,27 @@ from anyio import to_thread
 from staged import paths
 from staged.errors import Busy, CommitIncomplete, InvalidInput, StagedError
 from staged.lifecycle import Transaction
-from staged.model import Mode, Outcome, Receipt, Recovered, Resolve, Status
+from staged.model import (
+    Decided,
+    Event,
+    Mode,
+    Outcome,
+    Prepared,
+    Receipt,
+    Recovered,
+    Resolve,
+    Staged,
+    Status,
+    TransactionStatus,
+    TxState,
+)
 from staged.observers import Observer
-from staged.progress import rich_progress
 from staged.states import Phase
 from staged.store import open_store
 
 if TYPE_CHECKING:
     import click
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
     from rich.table import Table
 
 __all__ = ["commands", "main", "parse_duration", "receipt_table", "status_table"]
@@ -40,32 +52,44 @@ T = TypeVar("T")
 
 _ERROR, _UNKNOWN, _INCOMPLETE, _BUSY, _INTERRUPTED = 1, 3, 4, 5, 130
 
-_EPILOG = """\b
-Exit codes:
-  0    done
-  1    an error; the target is untouched
-  2    wrong usage
-  3    the outcome is unknown: ask `staged outcome`, or `staged recover`
-  4    committed, but not complete, or blocked, by this or an earlier command: `staged recover`
-  5    busy: another process holds it; try again
-  130  Ctrl-C; rolled back
+_EXIT_CODES = (
+    ("0", "done"),
+    ("1", "an error; the target is untouched"),
+    ("2", "wrong usage"),
+    ("3", "the outcome is unknown: ask `staged outcome`, or `staged recover`"),
+    ("4", "committed, but not complete, or blocked, by this or an earlier command: `staged recover`"),
+    ("5", "busy: another process holds it; try again"),
+    ("130", "Ctrl-C; rolled back"),
+)
 
-\b
-Errors are one message on stderr. With --json they are one JSON object there:
-  {"error": …, "message": …, "outcome": …, "transaction": …}
-"""
+_ERRORS = (
+    "An error is one message on stderr; with --json, and but for wrong usage, one JSON object there with error, message, "
+    "outcome and transaction."
+)
 
 # What the library says to those who call it, as those say who use the command.
 _IN_SHELL_WORDS = {
-    'recover(resolve="keep")': "staged recover --resolve keep",
-    'recover(resolve="replace")': "staged recover --resolve replace",
-    "recover()": "staged recover",
-    "allow_empty=True": "--allow-empty",
-    "partitions=": "--partition ",
+    r'recover\(resolve="(keep|replace)"\)': r"`staged recover --resolve \1`",
+    r"recover\(\)": "`staged recover`",
+    r"gc\(\)": "`staged gc`",
+    r"store\.outcome\('(\w+)'\)": r"`staged outcome URL \1`",
+    r"its own store, such as store\.child\(…\)": "its own URL",
+    r"allow_empty=True": "--allow-empty",
+    r"partitions=": "--partition",
 }
+
+# A message that says so already.
+_SAYS_UNTOUCHED = re.compile(r"untouched|changed nothing|Nothing was (?:begun|changed)")
 
 # Files of one `put` that are staged at once: enough to hide latency, few enough to bound memory and open files.
 _TASKS = 8
+
+_CHUNK = 1 << 20
+
+# Columns of a terminal from which on a progress bar also tells the speed.
+_WIDE = 72
+
+_NOBODY = "nobody has written here"
 
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 
@@ -126,7 +150,7 @@ async def _put(load: _Load, opened: list[Transaction]) -> Receipt:
     """Load the sources in one transaction, which is left in `opened` for whoever must say how it ended."""
     files = await to_thread.run_sync(_collect, load.sources)
     options: dict[str, object] = {} if load.durability is None else {"durability": load.durability}
-    with _bar(files) as observer:
+    with _bar(files) as (observer, count):
         async with open_store(load.url, observers=[observer], **options) as store:
             async with store.staged_write(
                 load.mode,
@@ -137,17 +161,22 @@ async def _put(load: _Load, opened: list[Transaction]) -> Receipt:
             ) as tx:
                 opened.append(tx)
                 if not (tx.done or tx.skipped):
-                    await _stage(tx, files)
+                    await _stage(tx, files, count)
             return tx.receipt
 
 
-async def _stage(tx: Transaction, files: Sequence[_File]) -> None:
+async def _stage(tx: Transaction, files: Sequence[_File], count: Callable[[int], None]) -> None:
     """Stage a few files at a time; the first error is raised as itself, and the others' writes are discarded."""
     waiting = iter(files)
 
     async def work() -> None:
         for file in waiting:
-            await tx.put_file(file.path, source=file.source)
+            try:
+                async with aclosing(_read(file.source, count)) as chunks:
+                    await tx.put_stream(file.path, chunks)
+            except OSError as error:
+                error.filename = error.filename or file.source  # a read does not know it
+                raise
 
     try:
         async with anyio.create_task_group() as tasks:
@@ -155,6 +184,14 @@ async def _stage(tx: Transaction, files: Sequence[_File]) -> None:
                 tasks.start_soon(work)
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+async def _read(source: str, count: Callable[[int], None]) -> AsyncGenerator[bytes, None]:
+    """A file piece by piece, each of which is counted when it was taken."""
+    async with await anyio.open_file(source, "rb") as file:
+        while chunk := await file.read(_CHUNK):
+            yield chunk
+            count(len(chunk))
 
 
 def _collect(sources: Iterable[str]) -> list[_File]:
@@ -195,20 +232,34 @@ def _raise(error: OSError) -> NoReturn:
 
 
 @contextmanager
-def _bar(files: Sequence[_File]) -> Iterator[Observer]:
-    """A progress bar on stderr, where that is a terminal, driven by a store's events."""
+def _bar(files: Sequence[_File]) -> Iterator[tuple[Observer, Callable[[int], None]]]:
+    """A progress bar on stderr, where that is a terminal: an observer for it, and what counts its bytes."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     console = _console(stderr=True)
-    columns = (
+    columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn(f"{{task.fields[files]}}/{len(files)} files", markup=False),
         DownloadColumn(),
-        TransferSpeedColumn(),
-    )
+        *([TransferSpeedColumn()] if console.width >= _WIDE else []),
+    ]
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield rich_progress(progress, total=sum(file.size for file in files))
+        task = progress.add_task("staging", total=sum(file.size for file in files), files=0)
+        staged = 0
+
+        def observe(event: Event) -> None:
+            nonlocal staged
+            match event:
+                case Staged():
+                    staged += 1
+                    progress.update(task, files=staged)
+                case Prepared():
+                    progress.update(task, description="committing")
+                case Decided():
+                    progress.update(task, description="publishing")
+
+        yield observe, lambda size: progress.advance(task, size)
 
 
 # ------------------------------------------------------------------------------------------------ looking and repairing
@@ -224,9 +275,11 @@ async def _outcome(url: str, id: str) -> Outcome:
         return await store.outcome(id)
 
 
-async def _recover(url: str, resolve: Resolve | None) -> Recovered:
+async def _recover(url: str, resolve: Resolve | None) -> tuple[Recovered, bool]:
+    """What was done, and whether nobody had ever written there: a URL with a slip in it looks like that."""
     async with open_store(url) as store:
-        return await store.recover(resolve=resolve)
+        is_new = _is_new(await store.status())
+        return await store.recover(resolve=resolve), is_new
 
 
 async def _recover_all(root: str, resolve: Resolve | None) -> list[tuple[str, Recovered | StagedError]]:
@@ -234,7 +287,8 @@ async def _recover_all(root: str, resolve: Resolve | None) -> list[tuple[str, Re
     done: list[tuple[str, Recovered | StagedError]] = []
     for target in await to_thread.run_sync(_find_targets, root):
         try:
-            done.append((target, await _recover(target, resolve)))
+            recovered, _ = await _recover(target, resolve)
+            done.append((target, recovered))
         except StagedError as error:
             done.append((target, error))
     return done
@@ -295,51 +349,98 @@ def receipt_table(receipt: Receipt) -> Table:
     )
 
 
-def status_table(status: Status) -> Table:
+def status_table(status: Status) -> RenderableType:
     """The status of a store, for people."""
-    from rich import box
-    from rich.padding import Padding
-    from rich.table import Table
+    from rich.console import Group
 
     last = status.last
     facts = _facts(
         {
             "head": status.head.value,
             "epoch": f"{status.epoch:,}",
-            "committing": None
-            if status.committing is None
-            else f"{status.committing}, to be completed by `staged recover`",
+            "committing": _committing(status),
             "commits": f"{status.commits:,}",
             "last commit": None if last is None else last.transaction + (f", key {last.key}" if last.key else ""),
             "not ended": f"{len(status.transactions):,}",
+            "dead": _dead(status),
             "damaged": ", ".join(status.damaged) or None,
-            "": "nobody has written here" if status.epoch == 0 and not status.transactions else None,
+            "": _NOBODY if _is_new(status) else None,
         }
     )
-    if not status.transactions:
-        return facts
-    keyed = any(tx.key for tx in status.transactions)
+    return Group(facts, "", _transactions(status.transactions)) if status.transactions else facts
+
+
+def _committing(status: Status) -> str | None:
+    """The transaction that is decided, and who completes it."""
+    if status.committing is None:
+        return None
+    alive = any(tx.alive for tx in status.transactions if tx.id == status.committing)
+    return f"{status.committing}, {'its process is alive' if alive else 'to be completed by `staged recover`'}"
+
+
+def _dead(status: Status) -> str | None:
+    """How many transactions were not decided when their process died, and wait for nobody."""
+    dead = sum(
+        tx.alive is False and tx.id != status.committing and (tx.block or tx.state is not TxState.PREPARED)
+        for tx in status.transactions
+    )
+    return f"{dead:,}, to be cleaned up by `staged recover`" if dead else None
+
+
+def _is_new(status: Status) -> bool:
+    return status.epoch == 0 and not status.transactions and not status.damaged
+
+
+def _transactions(transactions: Sequence[TransactionStatus]) -> RenderableType:
+    """A line for each, where the lines fit; else its facts one below the other."""
+    from rich import box
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.table import Table
+
+    rows = [
+        {
+            "transaction": tx.id,
+            "state": tx.state.value,
+            "mode": tx.mode.value,
+            # The last part of an owner tells apart the transactions of one process; the first two find the process.
+            "by": tx.owner.rpartition(":")[0] or tx.owner,
+            "alive": "?" if tx.alive is None else "yes" if tx.alive else "no",
+            "age": _age(tx.age),
+            "key": tx.key or None,
+        }
+        for tx in transactions
+    ]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("transaction", no_wrap=True)
-    for column in ("state", "mode", "by", "alive", "age", *(["key"] if keyed else [])):
-        table.add_column(column, overflow="fold")
-    for tx in status.transactions:
-        alive = "?" if tx.alive is None else "yes" if tx.alive else "no"
-        # The last part of an owner tells apart the transactions of one process; the first two find the process.
-        owner = tx.owner.rpartition(":")[0] or tx.owner
-        key = [tx.key or ""] if keyed else []
-        table.add_row(tx.id, tx.state.value, tx.mode.value, owner, alive, _age(tx.age), *key)
-    both = Table.grid()
-    both.add_row(facts)
-    both.add_row("")
-    both.add_row(Padding(table, (0, 1)))
-    return both
+    shown = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    for name in shown:
+        table.add_column(name, no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in shown))
+    return _Fitting(Padding(table, (0, 1)), Group(*[part for row in rows for part in (_facts(row), "")][:-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A table where a console is wide enough to cut nothing off; elsewhere the same in another form."""
+
+    wide: RenderableType
+    narrow: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = console.measure(self.wide, options=options.update(max_width=10_000)).maximum
+        yield self.wide if needed <= options.max_width else self.narrow
 
 
 def _outcome_table(outcome: Outcome) -> Table:
+    states = {
+        "rolled_back": "rolled back",
+        "committing": "decided, to be completed by `staged recover`",
+        "unknown": "unknown: never begun here, or collected by `staged gc`",
+    }
     facts = {
         "transaction": outcome.id,
-        "state": outcome.state.replace("_", " "),
+        "state": states.get(outcome.state, outcome.state),
         "epoch": None if outcome.epoch is None else f"{outcome.epoch:,}",
         "previous": outcome.previous,
     }
@@ -355,7 +456,7 @@ def _outcome_table(outcome: Outcome) -> Table:
     return _facts(facts)
 
 
-def _recovered_table(recovered: Recovered, target: str | None = None) -> Table:
+def _recovered_table(recovered: Recovered, target: str | None = None, *, is_new: bool = False) -> Table:
     return _facts(
         {
             "target": target,
@@ -365,6 +466,7 @@ def _recovered_table(recovered: Recovered, target: str | None = None) -> Table:
             "alive": ", ".join(recovered.alive) or None,
             "damaged": ", ".join(recovered.damaged) or None,
             "collected": f"{recovered.collected:,}" if recovered.collected else None,
+            "": _NOBODY if is_new else None,
         }
     )
 
@@ -403,7 +505,7 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def _show(value: object, table: Callable[[], Table], as_json: bool) -> None:
+def _show(value: object, table: Callable[[], RenderableType], as_json: bool) -> None:
     if as_json:
         print(msgspec.json.encode(value).decode())
     else:
@@ -423,17 +525,20 @@ def _run(work: Callable[[], Awaitable[T]], as_json: bool, opened: Sequence[Trans
         sys.exit(_report(error, as_json))
 
 
-def _report(error: StagedError | OSError, as_json: bool) -> int:
-    """Say on stderr what went wrong; returns the exit code."""
-    message = "\n".join([str(error), *getattr(error, "__notes__", ())])
+def _report(error: StagedError | OSError, as_json: bool, where: str | None = None) -> int:
+    """Say on stderr what went wrong, at which of many targets; returns the exit code."""
+    message = "\n".join([f"{where}: {error}" if where else str(error), *getattr(error, "__notes__", ())])
     for python, shell in _IN_SHELL_WORDS.items():
-        message = message.replace(python, shell)
-    if isinstance(error, StagedError):
-        _complain(type(error).__name__, message, error.outcome, error.transaction, as_json)
-        return _code(error)
+        message = re.sub(python, shell, message)
     # The only files that commands touch by themselves are the sources of a load, before its commit.
-    _complain(type(error).__name__, message, "untouched", None, as_json)
-    return _ERROR
+    outcome = error.outcome if isinstance(error, StagedError) else "untouched"
+    tx = error.transaction if isinstance(error, StagedError) else None
+    if outcome == "untouched" and (tx or isinstance(error, OSError)) and not _SAYS_UNTOUCHED.search(message):
+        message += f"{'' if message.endswith('.') else '.'} The target is untouched."
+    if isinstance(error, Busy):
+        message += " Try again later."
+    _complain(type(error).__name__, message, outcome, tx, as_json)
+    return _code(error) if isinstance(error, StagedError) else _ERROR
 
 
 def _code(error: StagedError) -> int:
@@ -462,7 +567,7 @@ def _interrupted(as_json: bool, opened: Sequence[Transaction]) -> NoReturn:
         message = f"Interrupted: transaction {tx.id} is committed, but not complete; `staged recover` completes it."
         _complain("Interrupted", message, "committed", tx.id, as_json)
         sys.exit(_INCOMPLETE)
-    message = f"Interrupted: how transaction {tx.id} ended is not known; ask `staged outcome`, or `staged recover`."
+    message = f"Interrupted: how transaction {tx.id} ended is not known; ask `staged outcome URL {tx.id}`, or `staged recover`."
     _complain("Interrupted", message, "unknown", tx.id, as_json)
     sys.exit(_UNKNOWN)
 
@@ -472,7 +577,9 @@ def _complain(error: str, message: str, outcome: str, transaction: str | None, a
         fault = {"error": error, "message": message, "outcome": outcome, "transaction": transaction}
         print(msgspec.json.encode(fault).decode(), file=sys.stderr)
     else:
-        print(message if error == "Interrupted" else f"Error: {message}", file=sys.stderr)
+        console = _console(stderr=True)
+        # Wrapped between words for people; one line for whoever collects it.
+        console.print(message if error == "Interrupted" else f"Error: {message}", soft_wrap=not console.is_terminal)
 
 
 # --------------------------------------------------------------------------------------------------------- the commands
@@ -501,7 +608,22 @@ def commands() -> click.Group:
     url = click.argument("url")
     json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
-    @click.group(epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+    class Commands(click.Group):
+        """Whose help cuts nothing off, however narrow the terminal is."""
+
+        def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            with formatter.section("Commands"):
+                formatter.write_dl(
+                    [(name, command.get_short_help_str(1_000)) for name, command in self.commands.items()]
+                )
+
+        def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+            with formatter.section("Exit codes"):
+                formatter.write_dl(_EXIT_CODES)
+            formatter.write_paragraph()
+            formatter.write_text(_ERRORS)
+
+    @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
     def staged() -> None:
         """Make a set of files appear in a directory or a bucket, all at once or not at all.
 
@@ -515,7 +637,8 @@ def commands() -> click.Group:
         "--mode",
         required=True,
         type=click.Choice([*(mode.value for mode in Mode), "overwrite"]),
-        help="What the commit does to the target; overwrite is full_drop.",
+        metavar="MODE",
+        help=f"What the commit does to the target: {', '.join(Mode)} or overwrite, which is full_drop.",
     )
     @click.option("--key", help="Names the work: a key that was committed before makes it do nothing.")
     @click.option(
@@ -523,7 +646,7 @@ def commands() -> click.Group:
         "partitions",
         multiple=True,
         metavar="P",
-        help="A directory to replace, for overwrite_partitions; repeatable. By default those that receive files.",
+        help="A directory to replace, with mode overwrite_partitions; repeatable. By default those that receive files.",
     )
     @click.option("--allow-empty", is_flag=True, help="Let a replacing mode remove everything, with nothing staged.")
     @click.option(
@@ -605,8 +728,8 @@ def commands() -> click.Group:
         """
         chosen = cast("Resolve | None", resolve)
         if not recursive:
-            done = _run(lambda: _recover(url, chosen), as_json)
-            _show(done, lambda: _recovered_table(done), as_json)
+            done, is_new = _run(lambda: _recover(url, chosen), as_json)
+            _show(done, lambda: _recovered_table(done, is_new=is_new), as_json)
             return
         root = url.removeprefix("file://")
         if not os.path.isdir(root):
@@ -617,11 +740,11 @@ def commands() -> click.Group:
             objects = [{"target": target, **msgspec.to_builtins(result)} for target, result in recovered]
             print(msgspec.json.encode({"targets": objects}).decode())
         else:
-            for target, result in recovered:
-                _console().print(_recovered_table(result, target))
+            for number, (target, result) in enumerate(recovered):
+                _console().print(*[""] * (number > 0), _recovered_table(result, target), sep="\n")
             if not results:
                 print(f"There is no target at or below {root}.")
-        codes = [_report(result, as_json) for _, result in results if isinstance(result, StagedError)]
+        codes = [_report(error, as_json, where) for where, error in results if isinstance(error, StagedError)]
         sys.exit(codes[0] if codes else 0)
 
     @staged.command()

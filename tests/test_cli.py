@@ -13,14 +13,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
 from click.testing import CliRunner, Result
 
-from staged import open_store
+from staged import cli, open_store
 from staged.cli import commands, main, parse_duration
 from staged.drivers.local import LocalDriver
+from staged.errors import CommitInDoubt
 from staged.model import Status, TxState
 
 # A load that kills its own process at an event: `python -c … TARGET EVENT MODE NAME`.
@@ -240,6 +242,24 @@ def test_put_shows_progress_on_a_terminal_and_keeps_stdout_for_the_receipt(sourc
     assert quiet.stderr == ""
 
 
+def test_the_progress_bar_moves_within_a_file(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted: list[tuple[int, float]] = []
+    progress = pytest.importorskip("rich.progress").Progress
+    advance = progress.advance
+
+    def note(self: Any, task: Any, size: float = 1) -> None:
+        advance(self, task, size)
+        counted.append((self.tasks[0].fields["files"], self.tasks[0].completed))
+
+    monkeypatch.setattr(progress, "advance", note)
+    (source / "big.bin").write_bytes(bytes(5_000_000))
+    assert staged("put", source / "big.bin", target, "--mode", "append").exit_code == 0
+    assert [files for files, _ in counted] == [0] * len(counted)
+    assert len(counted) > 3 and counted[-1][1] == 5_000_000
+
+
 # ------------------------------------------------------------------------------------------------- looking and repairing
 
 
@@ -296,6 +316,43 @@ def test_recover_recursively_goes_on_after_a_target_that_fails(tmp_path: Path) -
 def test_recover_recursively_is_refused_for_what_is_not_a_local_directory(tmp_path: Path) -> None:
     assert staged("recover", "memory://x", "--recursive").exit_code == 2
     assert staged("recover", tmp_path / "absent", "--recursive").exit_code == 2
+
+
+def test_status_cuts_nothing_off_on_a_narrow_terminal(target: Path) -> None:
+    kill_load(target, "Staged", "overwrite_partitions", "p/new.txt")
+    kill_load(target, "Prepared")
+    found = anyio.run(status_of, target)
+    for columns in ("40", "60", "200"):
+        shown = python("-m", "staged", "status", target, COLUMNS=columns).stdout
+        assert max(map(len, shown.splitlines())) <= int(columns)
+        for tx in found.transactions:
+            for value in (tx.id, tx.state.value, tx.mode.value, tx.owner.rpartition(":")[0]):
+                assert value in "".join(shown.split()), (columns, value)
+
+
+def test_status_tells_what_is_left_for_recover_from_what_lives_or_waits_to_be_resumed(target: Path) -> None:
+    async def leave() -> str:
+        async with open_store(target) as store:
+            waiting = await store.begin("append")
+            await waiting.prepare()
+            await waiting.release()
+            living = await store.begin("append")
+            shown = staged_status()
+            await living.rollback()
+            return shown
+
+    def staged_status() -> str:
+        return python("-m", "staged", "status", target).stdout
+
+    assert "staged recover" not in anyio.run(leave)
+    kill_load(target, "Staged")
+    assert "not ended 2 dead 1, to be cleaned up by `staged recover`" in " ".join(staged_status().split())
+
+
+def test_recover_says_where_nobody_ever_wrote(source: Path, target: Path) -> None:
+    assert "nobody has written here" in staged("recover", target).stdout
+    assert staged("put", source, target, "--mode", "append").exit_code == 0
+    assert "nobody" not in staged("recover", target).stdout
 
 
 def test_gc_collects_what_is_old_and_nothing_younger(source: Path, target: Path) -> None:
@@ -390,6 +447,46 @@ def test_a_busy_target_exits_with_5(source: Path, target: Path) -> None:
     assert staged("put", source, target, "--mode", "append", "--lock-timeout", "0").exit_code == 0
 
 
+def test_an_error_of_a_load_names_its_file_the_state_of_the_target_and_the_next_step(
+    source: Path, target: Path
+) -> None:
+    unreadable = staged("put", source, "/proc/self/mem", target, "--mode", "full_drop").stderr
+    assert "'/proc/self/mem'. The target is untouched." in unreadable
+    fill(target, {"a.txt": b"theirs"})
+    taken = staged("put", source, target, "--mode", "append").stderr
+    assert "'a.txt'" in taken and taken.endswith(" The target is untouched.\n")
+    with held(target):
+        busy = staged("put", source, target, "--mode", "append", "--lock-timeout", "0").stderr
+    assert "Nothing was changed. Try again later." in busy
+    partitions = staged("put", source, target, "--mode", "append", "--partition", "p").stderr
+    assert "--partition goes with mode 'overwrite_partitions'" in partitions
+
+
+def test_no_error_speaks_of_python_to_who_uses_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    said = CommitInDoubt("Ask store.outcome('0123456789abcdef01234567') later, or run recover().")
+    assert cli._report(said, as_json=False) == 3
+    assert capsys.readouterr().err == (
+        "Error: Ask `staged outcome URL 0123456789abcdef01234567` later, or run `staged recover`.\n"
+    )
+
+
+def test_an_error_of_one_target_of_many_names_it(tmp_path: Path) -> None:
+    blocked = fill(tmp_path / "lake" / "a", {"old.txt": b"old"})
+    kill_load(blocked, "Decided", "append")
+    fill(blocked, {"new.txt": b"foreign"})
+    assert staged("recover", tmp_path / "lake", "--recursive").stderr.startswith(f"Error: {blocked}: Transaction ")
+
+
+def test_an_error_is_wrapped_between_words_on_a_terminal_and_one_line_elsewhere(source: Path, target: Path) -> None:
+    fill(target, {"a.txt": b"theirs"})
+    words = ("-m", "staged", "put", source / "a.txt", target, "--mode", "append")
+    assert python(*words, COLUMNS="30").stderr.count("\n") == 1
+    shown = python(*words, FORCE_COLOR="1", COLUMNS="30").stderr
+    lines = shown[shown.index("Error: ") :].splitlines()
+    assert len(lines) > 1 and max(map(len, lines)) <= 30
+    assert "The target is untouched." in " ".join(map(str.strip, lines))
+
+
 def test_ctrl_c_rolls_back_says_so_and_exits_with_130(source: Path, target: Path) -> None:
     assert staged("status", target).exit_code == 0
     command = [sys.executable, "-c", INTERRUPTIBLE, "put", str(source), str(target), "--mode", "full_drop"]
@@ -422,6 +519,15 @@ def test_help_lists_the_exit_codes(source: Path) -> None:
     text = staged("--help").stdout
     for code in ("0", "1", "2", "3", "4", "5", "130"):
         assert any(line.split()[:1] == [code] for line in text.splitlines()), code
+
+
+def test_help_cuts_nothing_off_on_a_narrow_terminal() -> None:
+    wide = " ".join(staged("--help").stdout.split())
+    assert "Load files and directories into a store, all or nothing." in wide and "…" not in wide
+    for words in ((), ("put",), ("status",), ("outcome",), ("recover",), ("gc",), ("demo",)):
+        narrow = python("-m", "staged", *words, "--help", COLUMNS="50").stdout
+        assert "..." not in narrow.replace("[ARGS]...", "").replace("SOURCE...", "")
+        assert max(map(len, narrow.splitlines())) <= 50, words
 
 
 def test_the_package_runs_as_a_module() -> None:

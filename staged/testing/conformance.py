@@ -208,6 +208,7 @@ class DriverConformance:
     async def _overtakes_the_silent(self, target: Harness) -> None:
         stopped, go_on = anyio.Event(), anyio.Event()
         said: dict[str, str] = {}
+        seen: dict[str, bytes] = {}
 
         async def stall(name: str, moment: Moment) -> None:
             if name == "publish" and moment == "before":

@@ -1,0 +1,98 @@
+"""What each driver declares that it promises, as the table of the README; run as a program it puts the table there.
+
+To add a store, add its driver to `STORES`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import get_args
+
+import anyio
+
+from staged.driver import Driver
+from staged.drivers.local import LocalDriver
+from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.model import Guarantee, Mode
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- guarantees -->\n\n", "\n<!-- end of guarantees -->\n"
+GUARANTEES: tuple[Guarantee, ...] = get_args(Guarantee)
+
+
+class Local(LocalDriver):
+    """A local directory on a file system that can exchange trees, or cannot, whatever this machine's can do."""
+
+    def __init__(self, path: str, *, swaps: bool) -> None:
+        super().__init__(path)
+        self._swaps = swaps
+
+    def _try(self, control: int) -> tuple[bool, bool]:
+        return self._swaps, False
+
+
+STORES: dict[str, Callable[[str], Driver]] = {
+    "local directory": lambda path: Local(path, swaps=True),
+    "local directory, file by file": lambda path: Local(path, swaps=False),
+    "memory, for tests": lambda path: MemoryDriver(storage=MemoryStorage()),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The modes of one store that promise the same."""
+
+    store: str
+    modes: tuple[Mode, ...]
+    promised: frozenset[Guarantee]
+
+    def __str__(self) -> str:
+        if len(self.modes) == len(Mode):
+            modes = "every mode"
+        elif len(self.modes) > len(Mode) / 2:
+            modes = "the other modes"
+        else:
+            modes = ", ".join(f"`{mode}`" for mode in self.modes)
+        cells = ("yes" if guarantee in self.promised else "no" for guarantee in GUARANTEES)
+        return f"| {' | '.join((self.store, modes, *cells))} |"
+
+
+async def declared(store: str, path: str) -> list[Row]:
+    """The rows of one store; those of few modes come first."""
+    promises = (await STORES[store](path).probe()).guarantees
+    alike: dict[frozenset[Guarantee], list[Mode]] = {}
+    for mode in Mode:
+        alike.setdefault(promises.get(mode, frozenset()), []).append(mode)
+    return [
+        Row(store, tuple(modes), promised) for promised, modes in sorted(alike.items(), key=lambda row: len(row[1]))
+    ]
+
+
+async def table() -> str:
+    """All rows, in Markdown."""
+    lines = [
+        f"| | | {' | '.join(f'`{guarantee}`' for guarantee in GUARANTEES)} |",
+        f"|---|---|{'---|' * len(GUARANTEES)}",
+    ]
+    with TemporaryDirectory() as directory:
+        for number, store in enumerate(STORES):
+            lines += map(str, await declared(store, f"{directory}/{number}"))
+    return "\n".join(lines) + "\n"
+
+
+def within(readme: str) -> re.Match[str]:
+    """The place of the table in the README."""
+    found = re.search(f"(?<={BEGIN}).*?(?={END})", readme, flags=re.DOTALL)
+    assert found is not None
+    return found
+
+
+if __name__ == "__main__":
+    text, new = README.read_text(), anyio.run(table)
+    place = within(text)
+    README.write_text(text[: place.start()] + new + text[place.end() :])
+    print(new, end="")
