@@ -12,13 +12,14 @@ from matplotlib import pyplot as plt
 
 SHOWN = {
     "staged full_drop": "staged, full_drop",
-    "staged full_drop, synced": "staged, full_drop, durable",
+    "staged full_drop, synced, with preparation": "staged, full_drop, and the sync before it",
     "os.rename, one after another": "a loop of os.rename",
+    "the same, synced": "a loop of os.rename, and the sync before it",
     "staged append": "staged, append",
-    "staged append, synced": "staged, append, durable",
+    "staged append, synced, with preparation": "staged, append, and the sync before it",
     "shutil.move": "a loop of shutil.move",
-    "fsspec transaction": "fsspec's transaction",
-    "fsspec transaction across devices": "the same, across devices",
+    "fsspec transaction": "a transaction of fsspec",
+    "fsspec transaction across devices": "a transaction of fsspec, across devices",
     "anyio.Path": "await anyio.Path.rename, each",
     "aiofiles": "await aiofiles.os.rename, each",
 }
@@ -36,13 +37,14 @@ def draw(bench: Bench, path: str, count: int) -> None:
     for row, result in enumerate(shown):
         axes.text(result.median * 1.08, row, _label(result), va="center", fontsize=10)
     axes.set_xscale("log")
+    axes.margins(y=0.01)
     axes.set_xlim(shown[-1].median / 4, shown[0].median * 12)
     axes.tick_params(axis="y", length=0, labelsize=10)
     for label, result in zip(axes.get_yticklabels(), shown, strict=True):
         label.set_color(OURS if result.name.startswith("staged") else "black")
     axes.xaxis.set_visible(False)
     axes.spines[:].set_visible(False)
-    figure.suptitle(f"From {count:,} staged files to {count:,} files in place (logarithmic)", fontsize=11)
+    figure.suptitle(f"From {count:,} staged files to {count:,} files in place (logarithmic scale)", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=200)
 
