@@ -65,3 +65,10 @@ def map(session: nox.Session) -> None:
     """Explore, and draw what came of it: tests/map.png."""
     install(session, "pictures")
     session.run("python", "tests/map.py", "tests/map.png")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Ours beside everything else, in about a quarter of an hour on a quiet machine; `-- --quick` for a first look."""
+    install(session, "bench")
+    session.run("python", "benchmarks", *session.posargs)

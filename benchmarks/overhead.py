@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 import time
-import tracemalloc
 
 import anyio
-from bench import Bench
+from bench import Bench, Run, sync
 
-from staged import open_store
+from staged import Store, open_store
 from staged.drivers.memory import MemoryDriver, MemoryStorage
-from staged.model import Entry
+
+DATA = b"x" * 100
+MEMORY = os.path.join(os.path.dirname(__file__), "memory.py")
 
 
-def empty(bench: Bench) -> float:
+def empty() -> float:
     """Seconds of one transaction over the memory driver that does nothing but commit."""
 
     async def run(count: int) -> float:
@@ -26,83 +29,133 @@ def empty(bench: Bench) -> float:
                     pass
             return (time.perf_counter() - started) / count
 
-    return anyio.run(run, 300)
+    return anyio.run(run, 200)
 
 
-def tiny(bench: Bench, durability: str, count: int) -> float:
-    """Seconds of each of many transactions of one small file, one after another."""
+class Tiny:
+    """Transactions of one small file, one after another on one target: each run makes so many more, and tells the mean."""
+
+    def __init__(self, directory: str, durability: str, count: int) -> None:
+        self._target = f"{directory}/ours-{durability}"
+        self._plain = f"{directory}/plain-{durability}"
+        self._durability = durability
+        self._count = count
+        self._made = 0
+        self._renamed = 0
+        os.mkdir(self._plain)
+
+    def ours(self) -> float:
+        return anyio.run(self._ours)
+
+    async def _ours(self) -> float:
+        async with open_store(self._target, durability=self._durability) as store:
+            async with store.staged_write("append"):
+                pass  # opens what is opened once
+            sync(self._plain)
+            started = time.perf_counter()
+            for number in range(self._made, self._made + self._count):
+                async with store.staged_write("append") as tx:
+                    await tx.write(f"f{number:06d}", DATA)
+            took = time.perf_counter() - started
+        self._made += self._count
+        return took / self._count
+
+    def plain(self) -> float:
+        """Each written beside its place, and renamed; with durability the file and its directory are synced."""
+        sync(self._plain)
+        started = time.perf_counter()
+        for number in range(self._renamed, self._renamed + self._count):
+            with open(f"{self._plain}/.new", "wb") as file:
+                file.write(DATA)
+                file.flush()
+                if self._durability == "full":
+                    os.fsync(file.fileno())
+            os.rename(f"{self._plain}/.new", f"{self._plain}/f{number:06d}")
+            if self._durability == "full":
+                fd = os.open(self._plain, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+        self._renamed += self._count
+        return (time.perf_counter() - started) / self._count
+
+
+def tiny(bench: Bench, durability: str, count: int) -> None:
+    """So many in ten rounds; whether the last ones cost what the first ones did."""
+    with bench.scratch() as directory:
+        transactions = Tiny(directory, durability, count // 10)
+        group = f"one of {count:,} tiny transactions, durability {durability}"
+        contenders: dict[str, Run] = {"write and rename": transactions.plain, "staged append": transactions.ours}
+        bench.compare(group, contenders, 10, base="write and rename", warm_up=False)
+        result = bench.find(group, "staged append")
+        assert result is not None
+        print(f"  the last tenth took {result.values[-1] / result.values[0]:.2f} times what the first took")
+
+
+def children(bench: Bench, durability: str, at_once: bool) -> float:
+    """Seconds to reload forty child stores, five files each."""
+
+    async def reload(store: Store, name: str) -> None:
+        async with store.child(name).staged_write("full_drop") as tx:
+            for number in range(5):
+                await tx.write(f"f{number}", DATA * 100)
 
     async def run(target: str) -> float:
         async with open_store(target, durability=durability) as store:
             started = time.perf_counter()
-            for number in range(count):
-                async with store.staged_write("append") as tx:
-                    await tx.write(f"f{number:06d}", b"x" * 100)
-            return (time.perf_counter() - started) / count
-
-    with bench.scratch() as root:
-        return anyio.run(run, f"{root}/target")
-
-
-def children(bench: Bench, count: int, at_once: bool) -> float:
-    """Seconds to reload so many child stores, a few files each."""
-
-    async def reload(store: object, name: str) -> None:
-        async with store.child(name).staged_write("full_drop") as tx:  # type: ignore[attr-defined]
-            for number in range(5):
-                await tx.write(f"f{number}", b"x" * 10_000)
-
-    async def run(target: str) -> float:
-        async with open_store(target) as store:
-            started = time.perf_counter()
             if at_once:
                 async with anyio.create_task_group() as tasks:
-                    for number in range(count):
+                    for number in range(40):
                         tasks.start_soon(reload, store, f"t{number}")
             else:
-                for number in range(count):
+                for number in range(40):
                     await reload(store, f"t{number}")
             return time.perf_counter() - started
 
     with bench.scratch() as root:
+        sync(root)
         return anyio.run(run, f"{root}/target")
 
 
-def memory(bench: Bench, count: int) -> float:
-    """Bytes that one of so many staged entries takes in its transaction."""
-
-    async def run() -> float:
-        async with open_store(MemoryDriver("target", storage=MemoryStorage())) as store:
-            tx = await store.begin("append")
-            tracemalloc.start()
-            for number in range(count):
-                path = f"year=2026/month={number % 12}/part-{number:08d}.parquet"
-                await tx._add(Entry(path, 123_456, f"{number:x}-{number * 7:x}", path))
-            held = tracemalloc.get_traced_memory()[0]
-            tracemalloc.stop()
-            await tx.rollback()
-            return held / count
-
-    return anyio.run(run)
+def forty(bench: Bench, durability: str) -> None:
+    """Forty child stores, all at once and one after another."""
+    contenders: dict[str, Run] = {
+        "one after another": lambda: children(bench, durability, at_once=False),
+        "at once": lambda: children(bench, durability, at_once=True),
+    }
+    group = f"40 child stores, durability {durability}"
+    bench.compare(group, contenders, 2 if bench.quick else 5, base="one after another")
 
 
-def importing(bench: Bench, what: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, "-c", what], check=True)
-    return time.perf_counter() - started
+def memory(bench: Bench, count: int) -> dict[str, float]:
+    """Bytes of a process for each of so many staged files, in a process of its own."""
+    with bench.scratch() as root:
+        command = [sys.executable, MEMORY, f"{root}/target", str(count)]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+        found: dict[str, float] = json.loads(told.stdout)
+        return found
+
+
+def importing(what: str) -> float:
+    """Seconds of an import alone, in a fresh interpreter."""
+    program = f"import time; started = time.perf_counter(); import {what}; print(time.perf_counter() - started)"
+    return float(subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.PIPE).stdout)
 
 
 def run(bench: Bench) -> None:
-    """Each by itself; the quickest to tell first."""
-    base = bench.measure("import", "python, nothing", lambda: importing(bench, "pass"))
-    bench.measure("import", "import anyio", lambda: importing(bench, "import anyio"), base)
-    bench.measure("import", "import staged", lambda: importing(bench, "import staged"), base)
-    bench.measure("a transaction", "empty, over memory", lambda: empty(bench))
-    count = bench.sizes(1_000, 10_000)[-1]
+    """Each by itself."""
+    group = "an empty transaction"
+    bench.compare(group, {"over the memory driver": empty}, 5)
+    bench.hold("an empty transaction over the memory driver", (group, "over the memory driver"), at_most=0.001)
+    tiny(bench, "none", 1_000 if bench.quick else 10_000)
+    tiny(bench, "full", 100 if bench.quick else 1_000)
     for durability in ("none", "full"):
-        name = f"one file, the mean of {count:,}, durability {durability}"
-        bench.measure("a transaction", name, lambda: tiny(bench, durability, count))
-    base = bench.measure("40 child stores", "one after another", lambda: children(bench, 40, at_once=False))
-    bench.measure("40 child stores", "at once", lambda: children(bench, 40, at_once=True), base)
-    entries = bench.sizes(10_000, 100_000)[-1] * 10
-    bench.measure("memory", f"each of {entries:,} staged entries", lambda: memory(bench, entries), unit="bytes")
+        forty(bench, durability)
+    count = 100_000 if bench.quick else 1_000_000
+    group = f"memory for each of {count:,} staged files"
+    bench.compare(group, {"a full_drop": lambda: memory(bench, count)}, 1, unit="bytes", warm_up=False)
+    for when in (", staged", ", at its peak"):
+        bench.hold(f"{group}{when}", (group, f"a full_drop{when}"), at_most=1024)
+    group = "import"
+    imports: dict[str, Run] = {"import anyio": lambda: importing("anyio"), "import staged": lambda: importing("staged")}
+    bench.compare(group, imports, 5 if bench.quick else 15)
+    bench.hold("import staged", (group, "import staged"), at_most=0.05)

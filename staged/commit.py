@@ -309,10 +309,10 @@ async def commit(
         decided = await _decide(held, record, work, manifest, stop)
         if isinstance(decided, Receipt):
             return decided
-        receipt, freed = await _complete(held, decided, None)
+        receipt = await _complete(held, decided, None)
     finally:
         held.release()
-    await _clean_up(target, decided, freed=freed)
+    await _clean_up(target, decided)
     return receipt
 
 
@@ -580,17 +580,14 @@ async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> st
     except DamagedRecord:
         await held.check()
         raise
-    receipt, freed = await _complete(held, decided, resolve)
+    receipt = await _complete(held, decided, resolve)
     # Under the same lock, which whoever called us goes on with.
-    await _clean_up(held.target, decided, freed=freed)
+    await _clean_up(held.target, decided)
     return receipt.id
 
 
-async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> tuple[Receipt, bool]:
-    """Publish, remove, write the outcome, free the head: the receipt, and whether the head is known to be free.
-
-    Every step can be repeated by anybody.
-    """
+async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
+    """Publish, remove, write the outcome, free the head. Every step can be repeated by anybody."""
     target, header = held.target, decided.header
     driver, tx = target.driver, header.transaction
     try:
@@ -611,14 +608,15 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> t
             transaction=tx,
         ) from error
     # From here on all is published and the outcome durable: what fails is left to the next writer.
-    return receipt, bool(await quietly(held.move(states.free(held.head), durable=True)))
+    await quietly(held.move(states.free(held.head), durable=True))
+    return receipt
 
 
-async def _clean_up(target: Target, decided: _Decided, *, freed: bool) -> None:
+async def _clean_up(target: Target, decided: _Decided) -> None:
     """Discard what a completed commit needs no more; what fails is left to recover and gc."""
     await quietly(discard(target, decided.header.transaction))
-    # The earlier ledger is the one in force until the head that names the later is durable.
-    if freed and decided.ledger is not None:
+    # The head that names the later ledger is durable since the decision.
+    if decided.ledger is not None:
         await quietly(target.driver.delete_control([f"{decided.ledger.key}-0"]))
     if decided.header.trees is not None:
         await quietly(target.driver.trim(decided.header.keep_old, 0.0))

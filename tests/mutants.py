@@ -198,13 +198,6 @@ MUTANTS = [
         "states.free(held.head), durable=False",
         (SYNCS,),
     ),
-    Mutant(
-        "the earlier ledger stays until the head is free",
-        "commit.py",
-        "if freed and decided.ledger is not None:",
-        "if decided.ledger is not None:",
-        (SYNCS, CALLS, *EXPLORED),
-    ),
     # Recovery
     Mutant(
         "abort looks at the head",
@@ -261,13 +254,6 @@ MUTANTS = [
         "if await read_record(driver, tx) is not None:\n                continue",
         "pass",
         (RACES, LIFE, WRITERS),
-    ),
-    Mutant(
-        "gc leaves alone what the head names",
-        "recovery.py",
-        "if not is_id(tx) or tx == head.transaction:",
-        "if not is_id(tx):",
-        (RACES, *EXPLORED),
     ),
     # Lifecycle and staging
     Mutant(

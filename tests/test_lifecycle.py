@@ -1015,3 +1015,61 @@ async def test_a_transaction_is_rolled_back_only_by_whoever_resumed_it_last() ->
         await tx.rollback()
     assert (await resumed.commit()).phase == "committed"
     assert storage.below("target") == {"a": b"1"}
+
+
+async def test_a_key_whose_commit_is_not_complete_is_not_done_yet() -> None:
+    storage = MemoryStorage()
+    writer = Paused(storage, "publish", period=30.0)
+    other = open_store(MemoryDriver(storage=storage, fence="consumed"))
+    first = await writer.store.begin("append", key="k")
+    await first.write("a", b"1")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(first.commit)
+        await writer.reached.wait()
+        second = await other.begin("append", key="k")
+        assert not second.done
+        await second.write("b", b"2")
+        writer.go.set()
+    assert (await second.commit()).phase == "done"
+    assert storage.below("target") == {"a": b"1"}
+
+
+async def test_staging_that_was_spoilt_while_nobody_had_it_is_refused_before_the_decision() -> None:
+    storage = MemoryStorage()
+    first, second = (open_store(MemoryDriver(storage=storage, fence="consumed")) for _ in range(2))
+    tx = await prepared(first)
+    storage.uploads.clear()
+    resumed = await second.resume(tx.id)
+    with pytest.raises(StagingError) as raised:
+        await resumed.commit()
+    assert raised.value.outcome == "untouched"
+    assert (await second.status()).commits == 0
+
+
+@pytest.mark.parametrize("verb", ["prepare", "commit"])
+async def test_a_write_that_slips_in_between_the_checks_and_the_commit_is_an_error(verb: str) -> None:
+    store = open_store(MemoryDriver(storage=MemoryStorage()))
+    checking, done = anyio.Event(), anyio.Event()
+
+    async def check(entries: Sequence[Entry]) -> None:
+        checking.set()
+        await anyio.lowlevel.checkpoint()
+
+    async def slip_in() -> None:
+        await checking.wait()
+        while True:
+            try:
+                async with tx.open("late"):
+                    await done.wait()
+                return
+            except WrongState:
+                await anyio.lowlevel.checkpoint()
+
+    tx = await store.begin("append", validate=[check])
+    await tx.write("a", b"1")
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(slip_in)
+        with pytest.raises(WrongState, match="still being written"):
+            await getattr(tx, verb)()
+        done.set()
+    assert (await tx.commit()).files == 2
