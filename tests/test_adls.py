@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from dfs import DfsServer, File
@@ -24,10 +25,11 @@ class AdlsHarness(Harness):
 
     Args:
         path: Its directory; empty where the target is the file system or the item's folder, which cannot be renamed.
+        period: Of silence, after which a writer is taken for dead.
     """
 
-    def __init__(self, server: DfsServer, path: str = "lake/target") -> None:
-        self.server = server
+    def __init__(self, server: DfsServer, path: str = "lake/target", *, period: float = 0.5) -> None:
+        self.server, self.period = server, period
         self.filesystem = f"fs{next(_NUMBERS)}"
         self.drivers: list[Driver] = []
         self.kind: type[AdlsDriver] = AdlsDriver
@@ -42,10 +44,10 @@ class AdlsHarness(Harness):
 
     @property
     def url(self) -> str:
-        return f"{self.server.url}/{self.filesystem}/{self.path}"
+        return f"{self.server.url}/{self.filesystem}/{quote(self.path)}"
 
     def process(self, step: Step | None = None) -> Driver:
-        self.drivers.append(self.kind(self.url, credential=SAS, period=0.5))
+        self.drivers.append(self.kind(self.url, credential=SAS, period=self.period))
         return self.drivers[-1]
 
     async def aclose(self) -> None:

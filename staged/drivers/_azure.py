@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from staged import paths
@@ -17,12 +18,12 @@ from staged.drivers._cloud import Limit, Refused
 from staged.errors import InvalidInput, InvalidPath
 
 if TYPE_CHECKING:
-    from azure.core.credentials import AzureNamedKeyCredential, AzureSasCredential
+    from azure.core.credentials import AzureSasCredential
     from azure.core.credentials_async import AsyncTokenCredential
 
     Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
 
-__all__ = ["Location", "Requests", "bare", "client_options", "in_trio"]
+__all__ = ["Location", "Requests", "bare", "client_options", "in_trio", "of"]
 
 T = TypeVar("T")
 
@@ -79,8 +80,6 @@ def client_options(credential: Credential | None, sas: str | None, *, trio: bool
         "credential": credential if credential is not None else sas,
         # A replay below this cannot be kept out (aiohttp does it by itself); one above it is `Limit`'s business.
         "retry_total": 0,
-        "connection_timeout": _TIMEOUT,
-        "read_timeout": _TIMEOUT,
         "transport": _transport(trio=trio),
     }
 
@@ -95,10 +94,19 @@ def _transport(*, trio: bool) -> object:
     if trio:
         from azure.core.pipeline.transport import TrioRequestsTransport
 
-        return TrioRequestsTransport()
+        return TrioRequestsTransport(connection_timeout=(_TIMEOUT, _TIMEOUT))
     from azure.core.pipeline.transport import AioHttpTransport
 
-    return AioHttpTransport()
+    return AioHttpTransport(connection_timeout=_TIMEOUT, read_timeout=_TIMEOUT)
+
+
+def of(client: Any) -> Credential | None:
+    """The credential of a client, for another client; one that is in its URL goes with that."""
+    credential = client.credential
+    if hasattr(credential, "account_key"):
+        # An account key has become what signs requests.
+        return AzureNamedKeyCredential(credential.account_name, credential.account_key)
+    return credential  # type: ignore[no-any-return]
 
 
 class _Hidden(logging.Filter):

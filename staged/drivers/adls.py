@@ -32,7 +32,7 @@ from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
 from staged.driver import Driver, LogHandle, Record
-from staged.drivers._azure import Location, Requests, bare, client_options, in_trio
+from staged.drivers._azure import Location, Requests, bare, client_options, in_trio, of
 from staged.drivers._cloud import Limit, Refused, at_once, mapped
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
@@ -464,17 +464,15 @@ class _Account:
         return await self._requests(what, lambda: request(clients))
 
     def _open(self, *, trio: bool) -> _Clients:
-        service = self._client
-        if service is None:
-            options = client_options(self._credential, self._location.sas, trio=trio)
-            service = DataLakeServiceClient(self._location.account, **options)
-            self._services.append(service)
-        blobs = BlobServiceClient(
-            service.url.replace(".dfs.", ".blob.", 1), **client_options(service.credential, None, trio=trio)
-        )
+        given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)
+        names = self._client
+        if names is None:
+            names = DataLakeServiceClient(self._location.account, **client_options(given, sas, trio=trio))
+            self._services.append(names)
+        blobs = BlobServiceClient(names.url.replace(".dfs.", ".blob.", 1), **client_options(given, sas, trio=trio))
         self._services.append(blobs)
         container = self._location.container
-        return _Clients(service.get_file_system_client(container), blobs.get_container_client(container))
+        return _Clients(names.get_file_system_client(container), blobs.get_container_client(container))
 
     async def aclose(self) -> None:
         services, self._services, self._opened = self._services, [], None

@@ -1,0 +1,347 @@
+"""What the Azure drivers promise beyond the conformance class: URLs, names, requests, gaps, throttling, secrets."""
+
+from __future__ import annotations
+
+import io
+import logging
+import traceback
+from collections.abc import Callable, Iterator
+
+import anyio
+import anyio.lowlevel
+import pytest
+from azure.core.credentials import AzureSasCredential
+from azure.storage.filedatalake.aio import DataLakeServiceClient
+from dfs import DfsServer, Plan
+from test_adls import AdlsHarness
+
+from staged import InvalidInput, StagedError, Unsupported, open_store
+from staged.drivers._cloud import Limit, Refused
+from staged.drivers.adls import AdlsDriver
+from staged.drivers.onelake import OneLakeDriver
+from staged.model import Mode
+from staged.testing.exploration import Work
+
+Figure = Callable[[str, str], None]
+CANARY = "canary0123456789"
+KEY = {"account_name": "acct", "account_key": "Y2FuYXJ5MDEyMzQ1Njc4OQ=="}
+
+
+@pytest.fixture
+def server() -> Iterator[DfsServer]:
+    with DfsServer() as server:
+        yield server
+
+
+# ---------------------------------------------------------------------------------------------------------------- opening
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "abfss://fs@account.dfs.core.windows.net/lake/flights",
+        "ABFSS://fs@Account.dfs.core.windows.net/lake/flights",
+        "https://account.dfs.core.windows.net/fs/lake/flights",
+        "https://account.dfs.core.windows.net/fs/lake/flights?sv=1&sig=canary",
+    ],
+)
+def test_every_spelling_of_a_url_is_the_same_target_and_shows_no_signature(url: str) -> None:
+    store = open_store(url, **({} if "sig=" in url else {"credential": "canary"}))
+    assert store.url == "abfss://fs@account.dfs.core.windows.net/lake/flights"
+    assert "canary" not in repr(store)
+    assert type(store._driver) is AdlsDriver
+
+
+def test_onelake_is_known_by_its_host() -> None:
+    for host in ("onelake", "northeurope-onelake", "msit-onelake"):
+        store = open_store(f"abfss://sales@{host}.dfs.fabric.microsoft.com/x.Lakehouse/Files/t", credential="sig=1")
+        assert type(store._driver) is OneLakeDriver
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "abfss://account.dfs.core.windows.net/lake",
+        "abfss://fs:canary@account.dfs.core.windows.net/lake",
+        "https://account.dfs.core.windows.net",
+        "https://account.dfs.core.windows.net/fs/../x",
+        "https://account.dfs.core.windows.net/fs/a?sig=canary#x",
+        "abfss://fs@account.dfs.core.windows.net:canary/lake",
+    ],
+)
+def test_a_url_that_is_none_is_refused_without_being_shown(url: str) -> None:
+    with pytest.raises(InvalidInput) as raised:
+        open_store(url)
+    assert "canary" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.anyio
+async def test_what_cannot_hold_a_target_is_refused_before_anything_is_written(server: DfsServer) -> None:
+    server.namespace.create_filesystem("fs")
+    server.namespace.create("fs", "file")
+    for path, why in (("nothing/x", "no file system"), ("fs/file", "is a file")):
+        async with open_store(AdlsDriver(f"{server.url}/{path}", credential="sig=1")) as store:
+            with pytest.raises(Unsupported, match=why):
+                await store.begin("append")
+    assert server.namespace.paths("fs") == ["file"]
+
+
+@pytest.mark.anyio
+async def test_a_clients_owner_keeps_it_and_children_share_it(server: DfsServer, anyio_backend: str) -> None:
+    if anyio_backend == "trio":
+        from azure.core.pipeline.transport import TrioRequestsTransport as Transport
+    else:
+        from azure.core.pipeline.transport import AioHttpTransport as Transport  # type: ignore[assignment]
+    server.namespace.create_filesystem("fs")
+    transport = Transport()
+    client = await anyio.to_thread.run_sync(
+        lambda: DataLakeServiceClient(server.url, credential=KEY, retry_total=0, transport=transport)
+    )
+    async with open_store(AdlsDriver(f"{server.url}/fs/lake", client=client)) as store:
+        for number in range(3):
+            await Work(Mode.FULL_DROP, (("a", b"1"),))(store.child(f"t{number}"))
+    assert [path.name async for path in client.get_file_system_client("fs").get_paths("lake", recursive=False)] == [
+        "lake/_staged", "lake/t0", "lake/t1", "lake/t2"
+    ]  # fmt: skip
+    await client.close()
+
+
+# ------------------------------------------------------------------------------------------------------- requests and names
+
+
+@pytest.mark.anyio
+async def test_a_full_drop_commits_in_the_same_number_of_requests_whatever_the_number_of_files(
+    server: DfsServer, figure: Figure
+) -> None:
+    counts = []
+    harness = AdlsHarness(server, period=30.0)
+    async with open_store(harness.process()) as store:
+        for files in (1, 1, 1, 3, 60):
+            tx = await store.begin("full_drop")
+            for number in range(files):
+                await tx.write(f"p={number % 7}/f{number}", b"1")
+            await tx.prepare()
+            server.counts.clear()
+            await tx.commit()
+            counts.append(dict(server.counts))
+    figure(
+        "requests of a full_drop on ADLS", f"{sum(counts[-1].values())} at commit, of 3 files and of 60: {counts[-1]}"
+    )
+    assert counts[2] == counts[3] == counts[4]
+    assert counts[-1]["rename"] == 2
+
+
+@pytest.mark.anyio
+async def test_a_small_file_costs_two_requests_and_a_large_one_only_its_blocks_more(server: DfsServer) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    await harness.put("there", b"")
+    async with open_store(harness.process()) as store:
+        tx = await store.begin("append")
+        for size, requests in ((10, {"put_blob": 1}), (20 << 20, {"put_block": 3, "put_block_list": 1})):
+            server.counts.clear()
+            await tx.write(f"f{size}", bytes(size))
+            assert dict(server.counts) == requests
+        await tx.prepare()
+        server.counts.clear()
+        await tx.commit()
+    assert server.counts["rename"] == 2
+    assert {name: len(data) for name, data in harness.content().items()} == {
+        "there": 0,
+        "f10": 10,
+        f"f{20 << 20}": 20 << 20,
+    }
+
+
+NAMES = ["with space", "100%", "100%41", "a+b", "ü", "ü", "a&b=c#d", "p=1/it's", "~x", "a;b,c", "[x](y){z}", "日本"]  # fmt: skip
+
+
+@pytest.mark.anyio
+async def test_a_name_is_on_the_wire_what_it_is_in_the_block(server: DfsServer) -> None:
+    harness = AdlsHarness(server, "lake/ta rget%20ü")
+    async with open_store(harness.process()) as store:
+        for mode in (Mode.APPEND, Mode.OVERWRITE_FILES, Mode.FULL_DROP):
+            await Work(mode, tuple((name, name.encode()) for name in dict.fromkeys(NAMES)))(store)
+            assert harness.content() == {name: name.encode() for name in NAMES}
+        await Work(Mode.OVERWRITE_FILES, (("one", b"1"),), deletes=tuple(dict.fromkeys(NAMES)))(store)
+    assert harness.content() == {"one": b"1"}
+
+
+@pytest.mark.anyio
+async def test_listings_of_many_pages_are_read_to_their_end(server: DfsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("staged.drivers.adls._PAGE", 3)
+    harness = AdlsHarness(server, period=30.0)
+    files = tuple((f"p={number % 4}/f{number}", b"1") for number in range(40))
+    async with open_store(harness.process()) as store:
+        await Work(Mode.APPEND, files)(store)
+        with pytest.raises(StagedError):
+            await Work(Mode.APPEND, files[-1:])(store)
+        await Work(Mode.OVERWRITE_PARTITIONS, (("p=3/new", b"2"),))(store)
+    assert harness.content() == {**{name: data for name, data in files if "p=3/" not in name}, "p=3/new": b"2"}
+
+
+# ---------------------------------------------------------------------------------------------------- readers and strangers
+
+
+@pytest.mark.anyio
+async def test_readers_find_the_old_tree_or_the_new_one_or_between_two_requests_none(
+    server: DfsServer, figure: Figure
+) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    reader = f"{harness.filesystem}/{harness.path}"
+    async with open_store(harness.process()) as store:
+        await Work(Mode.FULL_DROP, tuple((f"f{n}", b"old") for n in range(20)))(store)
+        assert "no_gap" not in (await store.capabilities()).guarantees[Mode.FULL_DROP]
+        server.log.clear()
+        await Work(Mode.FULL_DROP, tuple((f"g{n}", b"new") for n in range(20)))(store)
+    verbs = [(line.verb if line.status < 400 else "refused", line.path) for line in server.log]
+    renames = [number for number, (verb, _) in enumerate(verbs) if verb == "rename"]
+    # The second rename is the very next request after the first.
+    assert len(renames) == 2
+    assert renames[1] == renames[0] + 1
+    assert verbs[renames[1]] == ("rename", reader)
+
+    seen: set[str] = set()
+    async with open_store(harness.process()) as store, anyio.create_task_group() as tasks:
+        driver = harness.process()
+
+        async def poll() -> None:
+            while True:
+                names = [found.path async for page in driver.list() for found in page]
+                seen.add(
+                    {(): "none"}.get(tuple(names), "/".join(sorted({name[0] for name in names})) + str(len(names)))
+                )
+
+        tasks.start_soon(poll)
+        for number in range(8):
+            letter = "gh"[number % 2]
+            await Work(Mode.FULL_DROP, tuple((f"{letter}{n}", b"1") for n in range(20)))(store)
+        tasks.cancel_scope.cancel()
+    figure("what a polling reader of ADLS saw", ", ".join(sorted(seen)))
+    assert seen <= {"g20", "h20", "none"}
+    assert {"g20", "h20"} <= seen
+
+
+@pytest.mark.anyio
+async def test_a_strangers_tree_that_comes_into_the_gap_of_a_swap_is_kept_aside(server: DfsServer) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    await harness.put("old", b"old")
+    async with open_store(harness.process()) as store:
+        tx = await store.begin("full_drop")
+        await tx.write("new", b"new")
+        await tx.prepare()
+        driver = harness.process()
+        trees = await driver.trees(tx.id)
+        server.namespace.create(harness.filesystem, f"{harness.control}old", directory=True)
+        aside = f"{harness.control}old/1"
+        server.namespace.rename((harness.filesystem, harness.path), (harness.filesystem, aside))
+        await harness.put("stranger", b"mine")
+        assert await driver.swap(tx.id, trees, "1") == "done"
+    assert harness.content() == {"new": b"new"}
+    kept = [name for name in server.namespace.paths(harness.filesystem) if "/foreign/" in name]
+    assert [name.rpartition("/")[2] for name in kept if name.endswith("stranger")] == ["stranger"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the limit
+
+
+@pytest.mark.anyio
+async def test_the_limit_shrinks_once_for_a_burst_of_refusals_and_grows_back() -> None:
+    limit = Limit(16)
+    running = most = 0
+    throttled = True
+
+    async def request() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await anyio.lowlevel.checkpoint()
+        running -= 1
+        if throttled:
+            raise Refused("request", 429)
+
+    async def burst(count: int) -> None:
+        nonlocal most
+        most = 0
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(send)
+
+    async def send() -> None:
+        try:
+            await limit._send_once(request)
+        except Refused:
+            pass
+
+    await burst(16)
+    assert most == 16
+    throttled = False
+    await burst(8)
+    assert most == 8
+    await burst(300)
+    await burst(100)
+    assert most == 16
+
+
+@pytest.mark.anyio
+async def test_a_commit_gets_through_a_store_that_throttles_a_fifth_of_all_requests(
+    server: DfsServer, figure: Figure
+) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    server.plan = Plan(" ".join(f"{('throttles', 'overloads')[n % 2]}@{n * 5}" for n in range(200)))
+    work = Work(Mode.APPEND, tuple((f"f{n}", b"1") for n in range(60)))
+    async with open_store(harness.process()) as store:
+        assert await work(store) == "committed"
+    assert harness.content() == work.apply({})
+    refused = sum(line.status in (429, 503) for line in server.log)
+    figure("throttled", f"{refused} of {len(server.log)} requests, and the commit got through")
+    assert refused > 20
+
+
+# ------------------------------------------------------------------------------------------------------------------ secrets
+
+
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What every logger says, down to DEBUG."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.NOTSET)
+    yield stream
+    root.setLevel(before)
+    root.removeHandler(handler)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("given", ["credential", "url", "object"])
+async def test_no_signature_is_shown_logged_or_kept(
+    given: str, server: DfsServer, logged: io.StringIO, figure: Figure, anyio_backend: str
+) -> None:
+    server.namespace.create_filesystem("fs")
+    sas = f"sv=2024-01-01&sig={CANARY}"
+    url = f"{server.url}/fs/lake/t" + (f"?{sas}" if given == "url" else "")
+    credential = {"credential": sas, "object": AzureSasCredential(sas), "url": None}[given]
+    driver = AdlsDriver(url, credential=credential)
+    said: list[str] = [repr(driver), driver.url]
+    async with open_store(driver) as store:
+        said.append(repr(store))
+        for plan in ("", " ".join(f"fails@{n}" for n in range(2_000)), " ".join(f"cuts@{n}" for n in range(2_000))):
+            server.plan = Plan(plan)
+            server.counts.clear()
+            try:
+                async with store.staged_write("overwrite_files") as tx:
+                    await tx.write("a", b"1")
+                said += [repr(tx), repr(tx.receipt)]
+            except StagedError as error:
+                said += ["".join(traceback.format_exception(error)), repr(vars(error)), repr(error.__cause__)]
+                said.append(repr(vars(error.__cause__)) if error.__cause__ else "")
+        server.plan = Plan()
+    kept = [
+        server.namespace.read("fs", name) for name in server.namespace.paths("fs") if name.endswith(("head", "record"))
+    ]
+    texts = [*said, *map(repr, kept), logged.getvalue()]
+    figure(f"canaries on the wire, {given}, {anyio_backend}", f"{sum(map(len, texts)):,} characters, 0 leaks")
+    assert any(line.auth == "sas" for line in server.log), "it was never sent"
+    assert [text for text in texts if CANARY in text] == []
