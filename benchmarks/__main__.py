@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 
+import lakes
 import moves
 import overhead
 import tables
 from bench import Bench, on_another_device
 
-PARTS = {"overhead": overhead.run, "moves": moves.run, "tables": tables.run}
+PARTS = {"overhead": overhead.run, "moves": moves.run, "tables": tables.run, "lakes": lakes.run}
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 

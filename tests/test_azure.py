@@ -6,6 +6,7 @@ import io
 import logging
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import aclosing
 
 import anyio
 import anyio.lowlevel
@@ -206,7 +207,8 @@ async def test_readers_find_the_old_tree_or_the_new_one_or_between_two_requests_
 
         async def poll() -> None:
             while True:
-                names = [found.path async for page in driver.list() for found in page]
+                async with aclosing(driver.list()) as pages:
+                    names = [found.path async for page in pages for found in page]
                 seen.add(
                     {(): "none"}.get(tuple(names), "/".join(sorted({name[0] for name in names})) + str(len(names)))
                 )
@@ -216,6 +218,7 @@ async def test_readers_find_the_old_tree_or_the_new_one_or_between_two_requests_
             letter = "gh"[number % 2]
             await Work(Mode.FULL_DROP, tuple((f"{letter}{n}", b"1") for n in range(20)))(store)
         tasks.cancel_scope.cancel()
+    await harness.aclose()
     figure("what a polling reader of ADLS saw", ", ".join(sorted(seen)))
     assert seen <= {"g20", "h20", "none"}
     assert {"g20", "h20"} <= seen
@@ -236,6 +239,8 @@ async def test_a_strangers_tree_that_comes_into_the_gap_of_a_swap_is_kept_aside(
         server.namespace.rename((harness.filesystem, harness.path), (harness.filesystem, aside))
         await harness.put("stranger", b"mine")
         assert await driver.swap(tx.id, trees, "1") == "done"
+        await tx.rollback()
+    await harness.aclose()
     assert harness.content() == {"new": b"new"}
     kept = [name for name in server.namespace.paths(harness.filesystem) if "/foreign/" in name]
     assert [name.rpartition("/")[2] for name in kept if name.endswith("stranger")] == ["stranger"]
