@@ -179,7 +179,7 @@ def run(bench: Bench) -> None:
                 (few, "staged full_drop"),
                 at_most=2,
             )
-    with started("-m", "dfs", "--plan", " ".join(f"throttles@{n * 5}" for n in range(4_000)), cwd=TESTS) as near:
+    with started("-m", "dfs", "--plan", " ".join(f"throttles@{n * 5 + 3}" for n in range(4_000)), cwd=TESTS) as near:
         lake = Lake(near, near)
         # Of a store that refuses a fifth of all requests and asks for no pause.
         bench.compare(
