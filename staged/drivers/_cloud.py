@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
-import stamina
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from staged.errors import StorageError
 
@@ -21,6 +21,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _ATTEMPTS = 6
+_LONGER = wait_exponential_jitter(initial=0.05, max=5.0, jitter=0.1)
 _TOO_MANY = frozenset({429, 503})
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -67,12 +68,14 @@ class Limit:
         Raises:
             Refused: It lasts.
         """
-        async for attempt in stamina.retry_context(
-            on=_backoff, attempts=_ATTEMPTS, timeout=None, wait_initial=0.05, wait_max=5.0, wait_jitter=0.1
-        ):
-            with attempt:
-                return await self._send_once(request)
-        raise AssertionError("unreachable")
+        retrying = AsyncRetrying(
+            sleep=anyio.sleep,
+            retry=retry_if_exception(lambda error: isinstance(error, Refused) and error.passing),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=_wait,
+            reraise=True,
+        )
+        return await retrying(self._send_once, request)
 
     async def _send_once(self, request: Callable[[], Awaitable[T]]) -> T:
         if self._slots is None:
@@ -116,10 +119,11 @@ class _Slot:
         self._slots.release_on_behalf_of(self)
 
 
-def _backoff(error: Exception) -> bool | float:
-    if not isinstance(error, Refused) or not error.passing:
-        return False
-    return error.retry_after or True
+def _wait(state: RetryCallState) -> float:
+    """As long as the service asked for, or ever longer."""
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked = error.retry_after if isinstance(error, Refused) else None
+    return _LONGER(state) if asked is None else asked
 
 
 @contextmanager
