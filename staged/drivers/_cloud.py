@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from staged.errors import StorageError
 
@@ -21,7 +21,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 _ATTEMPTS = 6
-_LONGER = wait_exponential_jitter(initial=0.05, max=5.0, jitter=0.1)
+_LONGER = wait_random_exponential(multiplier=0.1, max=5.0)
 _TOO_MANY = frozenset({429, 503})
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
