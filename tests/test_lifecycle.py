@@ -1097,3 +1097,20 @@ async def test_what_was_kept_out_of_the_target_never_gets_in_late() -> None:
         del storage.files["target/a"]
         writer.go.set()
     assert storage.below("target") == {}
+
+
+async def test_a_call_that_comes_too_late_says_what_is_known_of_the_data() -> None:
+    store = open_store(MemoryDriver(storage=MemoryStorage()))
+    tx = await prepared(store)
+    await tx.commit()
+    for late in (lambda: tx.write("b", b"2"), tx.rollback, tx.plan, lambda: store.resume(tx.id)):
+        with pytest.raises(WrongState) as raised:
+            await late()
+        assert raised.value.outcome == "committed"
+        assert raised.value.transaction == tx.id
+    undone = await prepared(open_store(MemoryDriver(storage=MemoryStorage())))
+    await undone.rollback()
+    for late in (lambda: undone.write("b", b"2"), undone.plan, undone.commit):
+        with pytest.raises(WrongState) as raised:
+            await late()
+        assert raised.value.outcome == "untouched"

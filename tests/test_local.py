@@ -577,3 +577,8 @@ async def test_a_target_that_was_begun_below_meanwhile_is_not_swapped_away(tmp_p
 
     await blocked_by(target, begin_below)
     assert (target / "below" / "theirs").read_bytes() == b"theirs"
+
+
+async def test_a_store_whose_staging_lies_elsewhere_has_no_children_that_it_could_not_see(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported):
+        open_store(tmp_path / "lake", staging=str(tmp_path / "elsewhere")).child("flights")
