@@ -25,6 +25,7 @@ from staged.errors import (
     CommitInDoubt,
     Conflict,
     DamagedRecord,
+    Fate,
     Fenced,
     InvalidInput,
     StagedError,
@@ -176,10 +177,11 @@ class Transaction(Staging):
             if found is None or found[0].state is not TxState.PREPARED or found[0].manifest is None:
                 if found is None and lease is not None:
                     await discard(target, tx)
-                raise WrongState(
-                    f"Transaction {tx} is {(await look(target.driver, tx)).state}; only a prepared one can be resumed.",
-                    transaction=tx,
-                )
+                state = (await look(target.driver, tx)).state
+                wrong = WrongState(f"Transaction {tx} is {state}; only a prepared one can be resumed.", transaction=tx)
+                fates: dict[str, Fate] = {"committed": "committed", "committing": "committed", "unknown": "unknown"}
+                wrong.outcome = fates.get(state, "untouched")
+                raise wrong
             record = replace(found[0], owner=owner, nonce=states.new_id())
             # After a loss of power no owner lives, and the record as it was prepared is the one to resume.
             token = await swap(driver, record_key(tx), record, found[1], durable=False)
@@ -265,7 +267,10 @@ class Transaction(Staging):
 
         Raises:
             Conflict, Exists, InvalidInput, StagingError: What the commit would raise now.
+            WrongState: It has ended.
         """
+        if self._phase in ENDED:
+            raise self._wrong(f"Transaction {self.id} is {self._phase.value}; there is nothing left to plan.")
         work = self._work()
         planning.check(work, self._target.store)
         return await commit.make_plan(self._target, self.id, work)
@@ -340,7 +345,7 @@ class Transaction(Staging):
 
     async def release(self) -> None:
         """Leave a prepared transaction for others to resume."""
-        self._phase = advance(self._phase, Phase.RELEASED)
+        self._advance(Phase.RELEASED)
         self._let_go()
 
     # ------------------------------------------------------------------------------------------------------ for the above
@@ -376,12 +381,22 @@ class Transaction(Staging):
     def _check_staging(self) -> None:
         if self._phase is not Phase.STAGING or self._validating:
             now = "validating" if self._validating else self._phase.value
-            wrong = WrongState(f"Transaction {self.id} is {now} and takes no more writes.", transaction=self.id)
-            if self._phase in (Phase.COMMITTED, Phase.INCOMPLETE):
-                wrong.outcome = "committed"
-            elif self._phase in (Phase.COMMITTING, Phase.IN_DOUBT):
-                wrong.outcome = "unknown"
-            raise wrong
+            raise self._wrong(f"Transaction {self.id} is {now} and takes no more writes.")
+
+    def _wrong(self, message: str) -> WrongState:
+        """An error that says what is known of the target."""
+        wrong = WrongState(message, transaction=self.id)
+        if self._phase in (Phase.COMMITTED, Phase.INCOMPLETE):
+            wrong.outcome = "committed"
+        elif self._phase in (Phase.COMMITTING, Phase.IN_DOUBT):
+            wrong.outcome = "unknown"
+        return wrong
+
+    def _advance(self, phase: Phase) -> None:
+        try:
+            self._phase = advance(self._phase, phase)
+        except WrongState as error:
+            raise self._wrong(f"Transaction {self.id}: {error}") from None
 
     def _new_name(self) -> str:
         """A name that no other transaction uses: an append never collides, and no reader mixes two generations."""
@@ -455,7 +470,7 @@ class Transaction(Staging):
     async def _undo(self, error: Exception) -> None:
         """After a failure before the decision: what a caller prepared waits for another try, all else is rolled back."""
         if self._phase is Phase.COMMITTING and _passes(error) and not self._record.block:
-            self._phase = advance(self._phase, Phase.PREPARED)
+            self._advance(Phase.PREPARED)
             return
         try:
             await self._roll_back("rolled_back")
@@ -505,7 +520,7 @@ class Transaction(Staging):
         if self._nowhere:
             await self._roll_back("done" if self.done else "skipped")
             return
-        self._phase = advance(self._phase, Phase.PREPARING)
+        self._advance(Phase.PREPARING)
         driver = self._target.driver
         check_meta(self.meta)
         planning.check(self._work(), self._target.store)
@@ -520,7 +535,7 @@ class Transaction(Staging):
         if token is None:
             raise StagingError(f"Transaction {self.id} was rolled back by another process.", transaction=self.id)
         self._record, self._token, self._sealed = record, token, True
-        self._phase = advance(self._phase, Phase.PREPARED)
+        self._advance(Phase.PREPARED)
         notify(self._target.observers, Prepared(self.id, manifest.files, manifest.bytes))
 
     async def _commit(self, stop: Stop) -> None:
@@ -528,7 +543,7 @@ class Transaction(Staging):
             await self._prepare(stop)
         if self._phase is Phase.ROLLED_BACK:
             return
-        self._phase = advance(self._phase, Phase.COMMITTING)
+        self._advance(Phase.COMMITTING)
         if not self._sealed:
             await self._target.driver.seal(self.id, self._entries.values())
         manifest = self._record.manifest
@@ -546,7 +561,7 @@ class Transaction(Staging):
         """Undo what is undecided; find out how it ended where another process was faster."""
         if self._phase is Phase.ROLLED_BACK:
             return
-        self._phase = advance(self._phase, Phase.ROLLING_BACK)
+        self._advance(Phase.ROLLING_BACK)
         mode, key = self._options.mode, self._options.key
         try:
             outcome = await abort(self._target, self.id, self._record.owner, sole=self._lease is not None, own=True)
@@ -565,7 +580,7 @@ class Transaction(Staging):
         self._end(Phase.ROLLED_BACK, Receipt(self.id, mode, why, key=key))
 
     def _end(self, phase: Phase, receipt: Receipt | None) -> None:
-        self._phase = advance(self._phase, phase)
+        self._advance(phase)
         if receipt is not None:
             now = anyio.current_time()
             staged_at = now if self._staged_at is None else self._staged_at

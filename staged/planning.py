@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from staged.errors import Conflict, Exists, InvalidInput, StagingError
 from staged.model import Capabilities, Entry, Listed, Mode, Plan
-from staged.paths import RESERVED, fold, parents
+from staged.paths import RESERVED, fold, join, parents
 
 __all__ = [
     "BLIND",
@@ -123,7 +123,8 @@ def scope(work: Work) -> Scope:
     if work.mode in BLIND:
         names.update(entry.path for entry in work.entries)
         names |= _directories(names)
-    names.update(above for partition in partitions for above in (partition, *parents(partition)))
+    names.update(_emptied(partitions))
+    names.update(map(_head_of, _emptied(partitions)))
     return Scope(prefixes=tuple(partitions), names=frozenset(names))
 
 
@@ -174,12 +175,12 @@ def _removable(
 ) -> dict[str, Listed]:
     """Everything that the plan removes unless a staged file takes its name."""
     deletes = {key(path): path for path in work.deletes}
-    replaced = set(partitions)
+    replaced, heads = set(partitions), set(map(_head_of, _emptied(partitions)))
     removable: dict[str, Listed] = {}
     for listed in found:
         name = key(listed.path)
         covered = work.mode is Mode.FULL_DROP or not replaced.isdisjoint(parents(name))
-        if covered and RESERVED in listed.path.split("/"):
+        if (covered and RESERVED in listed.path.split("/")) or name in heads:
             raise Conflict.covering(listed.path)
         if listed.is_dir:
             continue
@@ -196,8 +197,7 @@ def _removable(
 def _check_nesting(
     work: Work, partitions: Collection[str], found: dict[str, Listed], key: Callable[[str], str]
 ) -> None:
-    emptied = {above for partition in partitions for above in (partition, *parents(partition))}
-    for directory in _directories(entry.path for entry in work.entries) | emptied:
+    for directory in _directories(entry.path for entry in work.entries) | _emptied(partitions):
         at = found.get(key(directory))
         if at is not None and not at.is_dir:
             raise Conflict(f"{at.path!r} is a file in the target; files cannot lie below it.", retryable=False)
@@ -236,6 +236,17 @@ def _directories(names: Iterable[str]) -> set[str]:
             above.add(leaf)
             above.update(parents(leaf))
     return above
+
+
+def _emptied(partitions: Iterable[str]) -> set[str]:
+    """The partitions, and every directory above one of them."""
+    return {above for partition in partitions for above in (partition, *parents(partition))}
+
+
+def _head_of(directory: str) -> str:
+    """Where the head is of a target of its own that this directory may be."""
+    above, _, name = directory.rpartition("/")
+    return join(above, f"{RESERVED}/{name}/head")
 
 
 def _is_below(path: str, directory: str) -> bool:

@@ -417,7 +417,7 @@ MUTANTS = [
         "drivers/_posix.py",
         "            if self._closed:\n                raise StorageError",
         "            if False:\n                raise StorageError",
-        (CANCEL, CALLS),
+        (LOCAL, CANCEL, CALLS),
     ),
     Mutant(
         "a forked child drops its locks",

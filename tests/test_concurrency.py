@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
@@ -279,3 +282,38 @@ async def test_segments_that_an_earlier_attempt_at_the_same_epoch_left_do_no_har
     await world.process().gc(older_than=timedelta(0))
     await load(world.process(), "append", last=b"1")
     assert await world.files() == {"old": b"1", "next": b"1", "last": b"1"}
+
+
+LOCK_OF_A_DELETED_FILE = """
+import os, sys, anyio
+from staged.drivers.local import LocalDriver
+
+async def main():
+    driver = LocalDriver(sys.argv[1], durability="none")
+    await driver.probe()
+    (await driver.lock("lock")).release()
+    armed = [True]
+
+    def delete(event, args):
+        if event == "fcntl.fcntl" and armed:
+            armed.clear()
+            os.unlink(sys.argv[2])
+
+    sys.addaudithook(delete)
+    print(await driver.lock("lock") is None, armed, await driver.lock("lock") is None)
+
+anyio.run(main)
+"""
+
+
+def test_a_lock_is_not_held_on_a_file_that_was_deleted_before_it_was_taken(tmp_path: Path) -> None:
+    """Whoever comes next would lock another file of that name."""
+    program = [
+        sys.executable,
+        "-c",
+        LOCK_OF_A_DELETED_FILE,
+        str(tmp_path / "target"),
+        f"{tmp_path}/_staged/target/lock",
+    ]
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert run.stdout == "True [] False\n", run.stderr

@@ -7,7 +7,9 @@ import itertools
 import os
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Literal
 
 import aiofiles
@@ -1073,3 +1075,42 @@ async def test_a_write_that_slips_in_between_the_checks_and_the_commit_is_an_err
             await getattr(tx, verb)()
         done.set()
     assert (await tx.commit()).files == 2
+
+
+async def test_what_was_kept_out_of_the_target_never_gets_in_late() -> None:
+    storage = MemoryStorage()
+    writer = Paused(storage, "publish")
+    tx = await prepared(writer.store)
+    clearer = Paused(storage, f"list_control tx/{tx.id}/")  # the head is free, nothing is cleaned up
+    async with anyio.create_task_group() as tasks:
+
+        async def late() -> None:
+            with suppress(StagedError):
+                await tx.commit()
+            clearer.go.set()
+
+        tasks.start_soon(late)
+        await writer.reached.wait()
+        storage.put("target/a", b"theirs")
+        tasks.start_soon(partial(clearer.store.recover, resolve="keep"))
+        await clearer.reached.wait()
+        del storage.files["target/a"]
+        writer.go.set()
+    assert storage.below("target") == {}
+
+
+async def test_a_call_that_comes_too_late_says_what_is_known_of_the_data() -> None:
+    store = open_store(MemoryDriver(storage=MemoryStorage()))
+    tx = await prepared(store)
+    await tx.commit()
+    for late in (lambda: tx.write("b", b"2"), tx.rollback, tx.plan, lambda: store.resume(tx.id)):
+        with pytest.raises(WrongState) as raised:
+            await late()
+        assert raised.value.outcome == "committed"
+        assert raised.value.transaction == tx.id
+    undone = await prepared(open_store(MemoryDriver(storage=MemoryStorage())))
+    await undone.rollback()
+    for late in (lambda: undone.write("b", b"2"), undone.plan, undone.commit):
+        with pytest.raises(WrongState) as raised:
+            await late()
+        assert raised.value.outcome == "untouched"

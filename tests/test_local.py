@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -538,3 +539,46 @@ except RuntimeError as error:
         assert await read(target) == wanted if target.exists() else wanted == {}
         await load(store, "append", b="2")
         assert await read(target) == wanted | {"b": "2"}
+
+
+async def blocked_by(target: Path, act: Callable[[], Awaitable[object]]) -> None:
+    """Something happens to the target between the decision of a full_drop and its swap."""
+
+    async def gate(name: str, moment: Moment) -> None:
+        if (name, moment) == ("swap", "before"):
+            await act()
+
+    store = open_store(FaultDriver(LocalDriver(str(target), durability="none"), gate))
+    with pytest.raises(CommitBlocked):
+        async with store.staged_write("full_drop") as tx:
+            await tx.write("new", b"new")
+
+
+async def test_a_strangers_directory_in_the_targets_place_is_not_swapped_away(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+
+    async def replace() -> None:
+        await anyio.Path(target).rename(tmp_path / "away")
+        await anyio.Path(target).mkdir()
+        await anyio.Path(target / "theirs").write_bytes(b"theirs")
+
+    await blocked_by(target, replace)
+    assert await anyio.to_thread.run_sync(tree, target) == {"theirs": "theirs"}
+
+
+async def test_a_target_that_was_begun_below_meanwhile_is_not_swapped_away(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+
+    async def begin_below() -> None:
+        async with open_store(target).child("below").staged_write("append") as tx:
+            await tx.write("theirs", b"theirs")
+
+    await blocked_by(target, begin_below)
+    assert (target / "below" / "theirs").read_bytes() == b"theirs"
+
+
+async def test_a_store_whose_staging_lies_elsewhere_has_no_children_that_it_could_not_see(tmp_path: Path) -> None:
+    with pytest.raises(Unsupported):
+        open_store(tmp_path / "lake", staging=str(tmp_path / "elsewhere")).child("flights")

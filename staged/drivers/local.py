@@ -105,8 +105,11 @@ class LocalDriver(Driver):
         self._numbers = itertools.count()
 
     def child(self, path: str) -> LocalDriver:
+        if self._staging is not None:
+            # Nothing in the target would tell that there is one below, and a commit would carry it away.
+            raise Unsupported("A store whose staging lies elsewhere has no children; open it without staging=.")
         durability: Literal["full", "none"] = "full" if self._durable else "none"
-        return LocalDriver(os.path.join(self.url, path), durability=durability, staging=self._staging)
+        return LocalDriver(os.path.join(self.url, path), durability=durability)
 
     async def _run(self, work: Callable[[], T], *locks: str | CountedLock | None) -> T:
         """Run work in a thread, under these locks, or those of these names as far as this process holds them now."""

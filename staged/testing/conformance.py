@@ -434,6 +434,11 @@ class DriverConformance:
         assert await target.files() == {"below/child/c": b"c", "p": b"p"}
         with pytest.raises(Conflict):
             await Work(Mode.FULL_DROP, (("q", b"q"),))(store)
+        for partition in ("below", "below/child", "below/child/part"):
+            with pytest.raises(Conflict):
+                await Work(Mode.OVERWRITE_PARTITIONS, ((f"{partition}/q", b"q"),))(store)
+        await Work(Mode.OVERWRITE_PARTITIONS, (("below/other/q", b"q"),))(store)
+        await Work(Mode.OVERWRITE_FILES, (("p", b"p"),), deletes=("below/other/q",))(store)
         await Work(Mode.FULL_DROP, (("d", b"d"),))(child)
         assert await target.files() == {"below/child/d": b"d", "p": b"p"}
 
