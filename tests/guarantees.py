@@ -8,15 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import get_args
 
 import anyio
+from dfs import DfsServer
 
+from staged import open_store
 from staged.driver import Driver
+from staged.drivers.adls import AdlsDriver
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.drivers.onelake import OneLakeDriver
 from staged.model import Guarantee, Mode
 
 README = Path(__file__).parent.parent / "README.md"
@@ -35,9 +40,33 @@ class Local(LocalDriver):
         return self._swaps, False
 
 
+@cache
+def lakes(*, onelake: bool, conditions: bool = True) -> DfsServer:
+    """A server that answers as Data Lake Storage or OneLake was recorded to; it ends with the program."""
+    server = DfsServer(onelake=onelake, conditions=conditions).__enter__()
+    if onelake:
+        server.add_item("sales", "x.Lakehouse")
+    else:
+        server.namespace.create_filesystem("sales")
+    return server
+
+
+def adls(path: str) -> Driver:
+    return AdlsDriver(f"{lakes(onelake=False).url}/sales{path}", credential="sig=1")
+
+
+def onelake(path: str, *, conditions: bool = True) -> Driver:
+    server = lakes(onelake=True, conditions=conditions)
+    return OneLakeDriver(f"{server.url}/sales/x.Lakehouse/Files{path}", credential="sig=1")
+
+
 STORES: dict[str, Callable[[str], Driver]] = {
     "local directory": lambda path: Local(path, swaps=True),
     "local directory, file by file": lambda path: Local(path, swaps=False),
+    "ADLS Gen2, a directory": adls,
+    "ADLS Gen2, a whole file system": lambda path: adls(""),
+    "OneLake, a directory": onelake,
+    "OneLake, were it to ignore conditions": lambda path: onelake(path, conditions=False),
     "memory, for tests": lambda path: MemoryDriver(storage=MemoryStorage()),
 }
 
@@ -63,7 +92,8 @@ class Row:
 
 async def declared(store: str, path: str) -> list[Row]:
     """The rows of one store; those of few modes come first."""
-    promises = (await STORES[store](path).probe()).guarantees
+    async with open_store(STORES[store](path)) as opened:
+        promises = (await opened.capabilities()).guarantees
     alike: dict[frozenset[Guarantee], list[Mode]] = {}
     for mode in Mode:
         alike.setdefault(promises.get(mode, frozenset()), []).append(mode)

@@ -26,7 +26,7 @@ def cases() -> list[str]:
         for shift, name in enumerate(WORKS)
         for number in range(1, CALLS)
         for at, moment in enumerate(("before", "after"))
-        if SOAK > 1 or (2 * number + at + shift) % 7 == 0
+        if SOAK > 1 or (2 * number + at + shift) % 11 == 0
     ]
     return found + [f"stops,{call}," for call in ("seal", "put_segment ledger-", "publish", "put_segment outcome")]
 
@@ -65,5 +65,5 @@ def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_dou
                 assert content in (PRIOR, WORKS[name].apply(PRIOR)), line
                 ends[f"{'killed' if line['killed'] else 'ran'}, {'old' if content == PRIOR else 'new'}"] += 1
     figure(f"processes over {store}", ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
-    assert ends["killed, old"] > 5
-    assert ends["killed, new"] > 5
+    assert ends["killed, old"] > 2
+    assert ends["killed, new"] > 2

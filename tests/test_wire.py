@@ -80,7 +80,7 @@ async def test_one_fault_at_any_request_is_neither_a_false_failure_nor_a_false_s
         assert (said, harness.content()) == ("committed", expected)
         for at, kind in enumerate(kind for _ in range(requests) for kind in FAULTS):
             # Every request meets some kinds of fault, and every kind some requests; all meet all in a soak.
-            if (at + number + (anyio_backend == "trio")) % max(1, 13 // SOAK):
+            if (at + number + (anyio_backend == "trio")) % max(1, 29 // SOAK):
                 continue
             amount = {"delays": 1, "lags": 1, "replays": 1 + at % 17}.get(kind, 0)
             plan = f"{kind}@{at // len(FAULTS)}" + (f"+{amount}" if amount else "")
@@ -102,7 +102,7 @@ async def test_many_faults_at_the_wire_leave_old_or_new_and_the_truth(
     server: DfsServer, figure: Figure, anyio_backend: str
 ) -> None:
     ends: Counter[str] = Counter()
-    for seed in range(12 * SOAK):
+    for seed in range(6 * SOAK):
         work = WORKS[seed % len(WORKS)]
         new = work.apply(PRIOR)
         plan = Plan.seeded(seed, requests=300, rate=0.25)
