@@ -96,6 +96,12 @@ class TestAdls(DriverConformance):
 class TestAdlsRoot(DriverConformance):
     """A whole file system, whose tree cannot be renamed."""
 
+    @pytest.fixture(params=["asyncio"])
+    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
+        """One loop, since the other kinds of store have both: each request takes milliseconds."""
+        backend: str = request.param
+        return backend
+
     @pytest.fixture(autouse=True)
     def _server(self) -> Iterator[None]:
         with DfsServer() as self.server:
@@ -106,6 +112,12 @@ class TestAdlsRoot(DriverConformance):
 
 
 class TestOneLake(DriverConformance):
+    @pytest.fixture(params=["trio"])
+    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
+        """One loop, since the other kinds of store have both: each request takes milliseconds."""
+        backend: str = request.param
+        return backend
+
     @pytest.fixture(autouse=True)
     def _server(self) -> Iterator[None]:
         with DfsServer(onelake=True) as self.server:
@@ -117,6 +129,12 @@ class TestOneLake(DriverConformance):
 
 class TestOneLakeFolder(DriverConformance):
     """A folder of an item, which Fabric manages."""
+
+    @pytest.fixture(params=["asyncio"])
+    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
+        """One loop, since the other kinds of store have both: each request takes milliseconds."""
+        backend: str = request.param
+        return backend
 
     @pytest.fixture(autouse=True)
     def _server(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from azure.core.credentials import AzureNamedKeyCredential
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
 
-__all__ = ["Location", "Requests", "bare", "client_options", "in_trio", "of"]
+__all__ = ["Closable", "Location", "Requests", "bare", "client_options", "default_credential", "in_trio", "of"]
 
 T = TypeVar("T")
 
@@ -98,6 +98,19 @@ def _transport(*, trio: bool) -> object:
     from azure.core.pipeline.transport import AioHttpTransport
 
     return AioHttpTransport(connection_timeout=_TIMEOUT, read_timeout=_TIMEOUT)
+
+
+class Closable(Protocol):
+    """What is to be closed in the end."""
+
+    async def close(self) -> None: ...
+
+
+def default_credential() -> Any:
+    """The credential of this environment: variables, a managed identity, or whoever logged in by a tool of Azure's."""
+    from azure.identity.aio import DefaultAzureCredential
+
+    return DefaultAzureCredential()
 
 
 def of(client: Any) -> Credential | None:

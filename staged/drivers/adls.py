@@ -32,7 +32,7 @@ from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
 from staged.driver import Driver, LogHandle, Record
-from staged.drivers._azure import Location, Requests, bare, client_options, in_trio, of
+from staged.drivers._azure import Closable, Location, Requests, bare, client_options, default_credential, in_trio, of
 from staged.drivers._cloud import Limit, Refused, at_once, mapped
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
@@ -74,8 +74,8 @@ class AdlsDriver(Driver):
 
     Args:
         path: `abfss://filesystem@account.dfs.core.windows.net/path`, or the same as `https://`; it may carry a SAS.
-        credential: As the Azure SDK takes it: a token credential of `azure.identity.aio`, a SAS, an account key. For trio a
-            token credential needs a transport of its own.
+        credential: As the Azure SDK takes it: a token credential of `azure.identity.aio`, a SAS, an account key. By default
+            `DefaultAzureCredential`. For trio a token credential needs a transport of its own.
         client: A client of the caller's, which stays open, in place of a credential.
         limit: At most so many requests at once; fewer while the service throttles.
         period: Seconds of silence after which a writer that commits is taken for dead.
@@ -452,7 +452,7 @@ class _Account:
         self._requests = Requests(self.limit)
         self._opening = anyio.Lock()
         self._opened: _Clients | None = None
-        self._services: list[DataLakeServiceClient | BlobServiceClient] = []
+        self._services: list[Closable] = []
 
     async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
         async with self._opening:
@@ -465,6 +465,9 @@ class _Account:
 
     def _open(self, *, trio: bool) -> _Clients:
         given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)
+        if given is None and sas is None and self._client is None:
+            given = default_credential()
+            self._services.append(given)
         names = self._client
         if names is None:
             names = DataLakeServiceClient(self._location.account, **client_options(given, sas, trio=trio))
