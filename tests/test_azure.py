@@ -169,7 +169,7 @@ async def test_a_name_is_on_the_wire_what_it_is_in_the_block(server: DfsServer) 
 
 @pytest.mark.anyio
 async def test_listings_of_many_pages_are_read_to_their_end(server: DfsServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staged.drivers.adls._PAGE", 3)
+    monkeypatch.setattr("staged.drivers._lake._PAGE", 3)
     harness = AdlsHarness(server, period=30.0)
     files = tuple((f"p={number % 4}/f{number}", b"1") for number in range(40))
     async with open_store(harness.process()) as store:

@@ -12,35 +12,25 @@ of the staged tree, tells for ever whether it was published, however often a req
 
 from __future__ import annotations
 
-import io
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from datetime import datetime
-from email.utils import parsedate_to_datetime
 from secrets import token_hex
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
-from anyio import to_thread
-from azure.core import MatchConditions
-from azure.storage.blob import BlobBlock
-from azure.storage.blob.aio import BlobServiceClient, ContainerClient
-from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
+from azure.storage.filedatalake.aio import DataLakeServiceClient
 
 from staged.driver import Driver, LogHandle, Record
-from staged.drivers._azure import Closable, Location, Requests, bare, client_options, default_credential, in_trio, of
-from staged.drivers._cloud import Limit, Refused, at_once, mapped
+from staged.drivers._azure import Location
+from staged.drivers._cloud import Refused, at_once, mapped
+from staged.drivers._lake import MISSED, Lake
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, join
 
 if TYPE_CHECKING:
-    from azure.storage.filedatalake import PathProperties
-
     from staged.drivers._azure import Credential
 
 __all__ = ["STAGING", "AdlsDriver"]
@@ -48,23 +38,15 @@ __all__ = ["STAGING", "AdlsDriver"]
 S = TypeVar("S")
 T = TypeVar("T")
 
-_SMALL = 1 << 20
-"""Bytes up to which a blob is written by one request."""
 _BLOCK = 8 << 20
 """Bytes of one block of a file that is written in several."""
 
 _BLOCKS = 4
 """Blocks of one file that are sent at once."""
-_PAGE = 5_000
-"""Names of one page of a listing, the most that the service gives."""
 _TRIES = 4
 """Looks at the trees of a swap: two renames, and as many strangers in between."""
-_MISSED = frozenset((404, 409, 412))
-"""What is answered where something is not, or not as, the condition said."""
 STAGING = "staging"
 """Where the transactions' staging lies in the control area."""
-_WRITE = "staged"
-"""The name of the metadata that says by which write a blob came to be."""
 
 _log = logging.getLogger("staged")
 
@@ -94,7 +76,7 @@ class AdlsDriver(Driver):
         period: float = 30.0,
     ) -> None:
         self._location = Location.parse(path)
-        self._account = _Account(self._location, credential, client, limit, self.rename_options)
+        self._lake = Lake(self._location, credential, client, limit, self.rename_options)
         self._period, self._owner = period, True
         self._place(self._location.path)
 
@@ -113,7 +95,7 @@ class AdlsDriver(Driver):
     async def probe(self) -> Capabilities:
         with mapped():
             await self._check()
-            there = await self._account.head(self._path) if self._path else None
+            there = await self._lake.head(self._path) if self._path else None
         if there is not None and not there.is_dir:
             raise Unsupported(f"{self.url} is a file; a target is a directory.")
         always: frozenset[Guarantee] = frozenset(("serialised", "fenced", "no_gap"))
@@ -126,7 +108,7 @@ class AdlsDriver(Driver):
     async def _check(self) -> None:
         """Raise `Unsupported` where this is no place for a target."""
         try:
-            await self._account.look_at_root()
+            await self._lake.look_at_root()
         except Refused as error:
             if error.status == 404:
                 raise Unsupported(f"There is no file system for {self.url}; create it first.") from error
@@ -144,7 +126,7 @@ class AdlsDriver(Driver):
 
     async def aclose(self) -> None:
         if self._owner:
-            await self._account.aclose()
+            await self._lake.aclose()
 
     # ------------------------------------------------------------------------------------------------ the control area
 
@@ -155,15 +137,15 @@ class AdlsDriver(Driver):
 
     async def read(self, key: str) -> Record | None:
         with mapped():
-            found = await self._account.get(self._key(key))
+            found = await self._lake.get(self._key(key))
         return None if found is None else Record(*found)
 
     async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
         with mapped():
             try:
-                return await self._account.put(self._key(key), body, replaces=token)
+                return await self._lake.put(self._key(key), body, replaces=token)
             except Refused as error:
-                if error.status in _MISSED:
+                if error.status in MISSED:
                     return None
                 raise
 
@@ -185,7 +167,7 @@ class AdlsDriver(Driver):
 
     async def _names(self, directory: str, *, trees: bool = False) -> list[str]:
         """The names of the files, or of the directories, in a directory of the control area."""
-        async with aclosing(self._account.pages(directory, recursive=False)) as pages:
+        async with aclosing(self._lake.pages(directory, recursive=False)) as pages:
             return [found.path.rpartition("/")[2] async for page in pages for found in page if found.is_dir == trees]
 
     async def delete_control(self, keys: Sequence[str]) -> None:
@@ -193,7 +175,7 @@ class AdlsDriver(Driver):
 
     async def age(self, key: str) -> float | None:
         with mapped():
-            return await self._account.age(self._key(key))
+            return await self._lake.age(self._key(key))
 
     # ----------------------------------------------------------------------------------------------------------- staging
 
@@ -207,7 +189,7 @@ class AdlsDriver(Driver):
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
         left = {join(self._tree(tx), entry.path): entry for entry in entries}
         with mapped():
-            async with aclosing(self._account.pages(self._tree(tx))) as pages:
+            async with aclosing(self._lake.pages(self._tree(tx))) as pages:
                 staged = [found async for page in pages for found in page if not found.is_dir]
         for found in staged:
             entry = left.pop(found.path, None)
@@ -223,14 +205,14 @@ class AdlsDriver(Driver):
             await self._delete_all([f"{self._control}/{handle}" for handle in handles])
             return
         with mapped():
-            await self._account.delete_tree(f"{self._control}/{STAGING}/{tx}")
+            await self._lake.delete_tree(f"{self._control}/{STAGING}/{tx}")
 
     async def _delete_all(self, names: Sequence[str]) -> None:
         with mapped():
-            await self._at_once(names, lambda name: self._account.delete(name, None))
+            await self._at_once(names, lambda name: self._lake.delete(name, None))
 
     async def _at_once(self, items: Collection[S], work: Callable[[S], Awaitable[T]]) -> list[T]:
-        return await at_once(list(items), work, self._account.limit.most)
+        return await at_once(list(items), work, self._lake.limit.most)
 
     # -------------------------------------------------------------------------------------------------------- the target
 
@@ -239,7 +221,7 @@ class AdlsDriver(Driver):
     ) -> AsyncGenerator[Sequence[Listed], None]:
         with mapped():
             if names is None:
-                async with aclosing(self._account.pages(join(self._path, prefix))) as pages:
+                async with aclosing(self._lake.pages(join(self._path, prefix))) as pages:
                     async for page in pages:
                         yield [self._below(found) for found in page if not self._is_ours(found.path)]
             else:
@@ -248,8 +230,8 @@ class AdlsDriver(Driver):
     async def _find(self, names: Collection[str]) -> Sequence[Listed]:
         """What has one of these names: a page of a listing costs one request, and so does a name."""
         found: Sequence[Listed] = []
-        left = 1 + len(names) // self._account.limit.most
-        async with aclosing(self._account.pages(self._path)) as pages:
+        left = 1 + len(names) // self._lake.limit.most
+        async with aclosing(self._lake.pages(self._path)) as pages:
             async for page in pages:
                 found = [*found, *(listed for listed in page if listed.path in names)]
                 left -= 1
@@ -257,7 +239,7 @@ class AdlsDriver(Driver):
                     break
             else:
                 return found
-        looked = await self._at_once(names, self._account.head)
+        looked = await self._at_once(names, self._lake.head)
         return [listed for listed in looked if listed is not None]
 
     def _below(self, listed: Listed) -> Listed:
@@ -272,9 +254,9 @@ class AdlsDriver(Driver):
         async def publish(entry: Entry) -> Answer:
             source, goal = f"{self._control}/{entry.handle}", join(self._path, entry.path)
             try:
-                await self._account.rename(source, entry.identity, goal, replaces.get(entry.path), made)
+                await self._lake.rename(source, entry.identity, goal, replaces.get(entry.path), made)
             except Refused as error:
-                if error.status not in _MISSED:
+                if error.status not in MISSED:
                     raise
                 # Whatever was answered, and to which of several sendings: where it lies now is what counts.
                 return await self._found(source, goal, entry.identity)
@@ -284,18 +266,18 @@ class AdlsDriver(Driver):
             return await self._at_once(entries, publish)
 
     async def _found(self, source: str, goal: str, identity: str) -> Answer:
-        there = await self._account.head(goal)
+        there = await self._lake.head(goal)
         if there is not None and there.identity == identity:
             return Answer.ALREADY
-        staged = await self._account.head(source)
+        staged = await self._lake.head(source)
         return Answer.FOREIGN if staged is not None and staged.identity == identity else Answer.LOST
 
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         async def remove(entry: Listed) -> Answer:
             try:
-                gone = await self._account.delete(join(self._path, entry.path), entry.identity)
+                gone = await self._lake.delete(join(self._path, entry.path), entry.identity)
             except Refused as error:
-                if error.status not in _MISSED:
+                if error.status not in MISSED:
                     raise
                 return Answer.FOREIGN
             return Answer.DONE if gone else Answer.ALREADY
@@ -308,10 +290,10 @@ class AdlsDriver(Driver):
     async def trees(self, tx: str) -> Trees:
         with mapped():
             # There is none yet where nothing was staged.
-            await self._account.make_directory(self._tree(tx))
-            new, target = await self._account.head(self._tree(tx)), await self._account.head(self._path)
+            await self._lake.make_directory(self._tree(tx))
+            new, target = await self._lake.head(self._tree(tx)), await self._lake.head(self._path)
             if target is not None:
-                async with aclosing(self._account.pages(self._path)) as pages:
+                async with aclosing(self._lake.pages(self._path)) as pages:
                     async for page in pages:
                         for found in map(self._below, page):
                             if RESERVED in found.path.split("/"):
@@ -324,7 +306,7 @@ class AdlsDriver(Driver):
         tree, answer = self._tree(tx), Answer.ALREADY
         with mapped():
             for _ in range(_TRIES):
-                target, staged = await self._account.head(self._path), await self._account.head(tree)
+                target, staged = await self._lake.head(self._path), await self._lake.head(tree)
                 if target is not None and target.identity == trees.new:
                     return answer
                 if staged is None or staged.identity != trees.new:
@@ -344,7 +326,7 @@ class AdlsDriver(Driver):
         aside = f"{self._control}/old/{old}"
         if target.identity == trees.target:
             return aside
-        moved = await self._account.head(aside)
+        moved = await self._lake.head(aside)
         if moved is None or moved.identity != trees.target:
             return None
         # A stranger came while there was no target.
@@ -355,9 +337,9 @@ class AdlsDriver(Driver):
     async def _try_rename(self, source: str, identity: str, goal: str) -> None:
         """Rename, whatever is answered: the caller looks where things are."""
         try:
-            await self._account.rename(source, identity, goal, None, set())
+            await self._lake.rename(source, identity, goal, None, set())
         except Refused as error:
-            if error.status not in _MISSED:
+            if error.status not in MISSED:
                 raise
 
     async def trim(self, keep: int, older_than: float) -> int:
@@ -367,9 +349,9 @@ class AdlsDriver(Driver):
             ]
             doomed = old[: max(0, len(old) - keep)]
             if older_than:
-                ages = await self._at_once(doomed, self._account.age)
+                ages = await self._at_once(doomed, self._lake.age)
                 doomed = [name for name, age in zip(doomed, ages, strict=True) if age is not None and age >= older_than]
-            await self._at_once(doomed, self._account.delete_tree)
+            await self._at_once(doomed, self._lake.delete_tree)
         return len(doomed)
 
 
@@ -378,7 +360,7 @@ class _Writer:
 
     def __init__(self, driver: AdlsDriver, tx: str, path: str) -> None:
         self._driver, self._path, self._key = driver, path, (tx, path)
-        self._account = driver._account
+        self._lake = driver._lake
         self._handle = f"{STAGING}/{tx}/tree/{path}"
         self._name = f"{driver._control}/{self._handle}"
         self._id = token_hex(12)
@@ -402,7 +384,7 @@ class _Writer:
         with mapped():
             await at_once(
                 list(zip(self._blocks[first:], bodies, strict=True)),
-                lambda block: self._account.stage_block(self._name, *block),
+                lambda block: self._lake.stage_block(self._name, *block),
                 _BLOCKS,
             )
 
@@ -413,9 +395,9 @@ class _Writer:
         earlier = self._driver._written.get(self._key)
         with mapped():
             if self._blocks:
-                identity = await self._account.put_blocks(self._name, self._blocks, self._id, replaces=earlier)
+                identity = await self._lake.put_blocks(self._name, self._blocks, self._id, replaces=earlier)
             else:
-                identity = await self._account.put(self._name, bytes(self._data), self._id, replaces=earlier)
+                identity = await self._lake.put(self._name, bytes(self._data), self._id, replaces=earlier)
         self._driver._written[self._key] = identity
         return Entry(self._path, self._size, identity, self._handle)
 
@@ -423,240 +405,6 @@ class _Writer:
         # Blocks that were never put together are nowhere to be seen, and expire.
         if self._sent:
             with mapped():
-                there = await self._account.head(self._name, write=self._id)
+                there = await self._lake.head(self._name, write=self._id)
                 if there is not None:
-                    await self._account.delete(self._name, there.identity)
-
-
-class _Clients(NamedTuple):
-    """The two interfaces to one file system."""
-
-    names: FileSystemClient
-    blobs: ContainerClient
-
-
-class _Account:
-    """Single requests to one file system, each as the SDK makes it; whatever is refused is `Refused`."""
-
-    def __init__(
-        self,
-        location: Location,
-        credential: Credential | None,
-        client: DataLakeServiceClient | None,
-        limit: int,
-        rename_options: Mapping[str, Any],
-    ) -> None:
-        self.limit = Limit(limit)
-        self._rename_options = rename_options
-        self._location, self._credential, self._client = location, credential, client
-        self._requests = Requests(self.limit)
-        self._opening = anyio.Lock()
-        self._opened: _Clients | None = None
-        self._services: list[Closable] = []
-
-    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
-        async with self._opening:
-            if self._opened is None:
-                # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
-                trio = in_trio()
-                self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
-        clients = self._opened
-        return await self._requests(what, lambda: request(clients))
-
-    def _open(self, *, trio: bool) -> _Clients:
-        given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)
-        if given is None and sas is None and self._client is None:
-            given = default_credential()
-            self._services.append(given)
-        names = self._client
-        if names is None:
-            names = DataLakeServiceClient(self._location.account, **client_options(given, sas, trio=trio))
-            self._services.append(names)
-        blobs = BlobServiceClient(names.url.replace(".dfs.", ".blob.", 1), **client_options(given, sas, trio=trio))
-        self._services.append(blobs)
-        container = self._location.container
-        return _Clients(names.get_file_system_client(container), blobs.get_container_client(container))
-
-    async def aclose(self) -> None:
-        services, self._services, self._opened = self._services, [], None
-        for service in services:
-            await service.close()
-
-    async def look_at_root(self) -> None:
-        """Ask for the access control of the root, which only a hierarchical namespace has."""
-        await self._send(
-            "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
-        )
-
-    # ------------------------------------------------------------------------------------------------------------- bytes
-
-    async def get(self, name: str) -> tuple[bytes, str] | None:
-        """A blob whole, and its ETag."""
-
-        async def get(to: _Clients) -> tuple[bytes, str]:
-            stream = await to.blobs.download_blob(name, max_concurrency=1)
-            return await stream.readall(), bare(stream.properties.etag)
-
-        return await _unless_missing(self._send(f"reading {name!r}", get))
-
-    async def put(self, name: str, body: bytes, write: str = "", *, replaces: str | None) -> str:
-        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
-        if len(body) > _SMALL:
-            # The transport would hold the event loop up with so much in one piece.
-            await self.stage_block(name, block := token_hex(12), body)
-            return await self.put_blocks(name, [block], write, replaces=replaces)
-
-        async def put(to: _Clients) -> Mapping[str, Any]:
-            blob = to.blobs.get_blob_client(name)
-            return await blob.upload_blob(
-                body, length=len(body), overwrite=True, metadata=_said(write), **_if(replaces)
-            )
-
-        return await self._written(name, write, put)
-
-    async def stage_block(self, name: str, block: str, body: bytes) -> None:
-        """Send a block that shows nowhere until it is put together with others."""
-
-        async def stage(to: _Clients) -> None:
-            await to.blobs.get_blob_client(name).stage_block(block, io.BytesIO(body), length=len(body))
-
-        await self._send(f"writing {name!r}", stage)
-
-    async def put_blocks(self, name: str, blocks: Sequence[str], write: str = "", *, replaces: str | None) -> str:
-        """Make a blob of blocks, under the same conditions as `put`."""
-
-        async def put(to: _Clients) -> Mapping[str, Any]:
-            blob = to.blobs.get_blob_client(name)
-            return await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
-
-        return await self._written(name, write, put)
-
-    async def _written(self, name: str, write: str, put: Callable[[_Clients], Awaitable[Mapping[str, Any]]]) -> str:
-        try:
-            return bare((await self._send(f"writing {name!r}", put))["etag"])
-        except Refused as error:
-            if not write or error.status not in (409, 412):
-                raise
-            # An earlier sending may have done it; the write's id tells.
-            if (there := await self.head(name, write=write)) is None:
-                raise
-            return there.identity
-
-    async def head(self, name: str, *, write: str | None = None) -> Listed | None:
-        """A file or a directory by name; None where there is none, or none of that write."""
-        found = await _unless_missing(
-            self._send(f"looking at {name!r}", lambda to: to.blobs.get_blob_client(name).get_blob_properties())
-        )
-        if found is None or (write is not None and found.metadata.get(_WRITE) != write):
-            return None
-        return Listed(name, found.size, bare(found.etag), found.metadata.get("hdi_isfolder") == "true")
-
-    async def age(self, name: str) -> float | None:
-        """Seconds since it was last changed, by the service's own clock."""
-        dates: list[str] = []
-
-        async def look(to: _Clients) -> datetime:
-            found = await to.blobs.get_blob_client(name).get_blob_properties(
-                raw_response_hook=lambda answer: dates.append(answer.http_response.headers["Date"])
-            )
-            return found.last_modified
-
-        changed = await _unless_missing(self._send(f"looking at {name!r}", look))
-        return None if changed is None else max(0.0, (parsedate_to_datetime(dates[-1]) - changed).total_seconds())
-
-    # ------------------------------------------------------------------------------------------------------------- names
-
-    async def pages(self, directory: str, *, recursive: bool = True) -> AsyncGenerator[list[Listed], None]:
-        """What is below a directory, by whole names; nothing where there is no such directory."""
-        pages: AsyncIterator[AsyncIterator[PathProperties]] | None = None
-
-        async def page(to: _Clients) -> list[Listed] | None:
-            nonlocal pages
-            if pages is None:
-                pages = to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
-            try:
-                return [
-                    Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
-                    async for found in await anext(pages)
-                ]
-            except StopAsyncIteration:
-                return None
-
-        while (found := await _unless_missing(self._send(f"listing {directory!r}", page))) is not None:
-            yield found
-
-    async def make_directory(self, name: str) -> None:
-        """Make a directory and its parents; one that is there stays as it is."""
-
-        async def make(to: _Clients) -> None:
-            await to.names.get_directory_client(name).create_directory(match_condition=MatchConditions.IfMissing)
-
-        try:
-            await self._send(f"making {name!r}", make)
-        except Refused as error:
-            if error.status != 409:
-                raise
-
-    async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
-        """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
-        conditions = {
-            "source_etag": f'"{identity}"',
-            "source_match_condition": MatchConditions.IfNotModified,
-            **_if(replaces),
-            **self._rename_options,
-        }
-
-        async def rename(to: _Clients) -> None:
-            # The SDK decodes the source's name before it encodes it.
-            file = to.names.get_file_client(quote(source))
-            await file.rename_file(f"{self._location.container}/{goal}", **conditions)
-
-        what = f"renaming {source!r} to {goal!r}"
-        try:
-            await self._send(what, rename)
-        except Refused as error:
-            if error.code != "RenameDestinationParentPathNotFound":
-                raise
-            parent = goal.rpartition("/")[0]
-            if parent not in made:
-                await self.make_directory(parent)
-                made.add(parent)
-            await self._send(what, rename)
-
-    async def delete(self, name: str, identity: str | None) -> bool:
-        """Delete a file, or only what has this ETag; False where there is none."""
-        condition = {} if identity is None else _if(identity)
-
-        async def delete(to: _Clients) -> bool:
-            await to.names.get_file_client(name).delete_file(**condition)
-            return True
-
-        return await _unless_missing(self._send(f"deleting {name!r}", delete)) is not None
-
-    async def delete_tree(self, name: str) -> None:
-        """Delete a directory with all below it; one that is gone is fine."""
-
-        async def delete(to: _Clients) -> None:
-            await to.names.get_directory_client(name).delete_directory()
-
-        await _unless_missing(self._send(f"deleting {name!r}", delete))
-
-
-async def _unless_missing(request: Awaitable[T]) -> T | None:
-    try:
-        return await request
-    except Refused as error:
-        if error.status != 404:
-            raise
-        return None
-
-
-def _said(write: str) -> dict[str, str] | None:
-    return {_WRITE: write} if write else None
-
-
-def _if(etag: str | None) -> dict[str, Any]:
-    """The condition that something has this ETag, or is not there."""
-    if etag is None:
-        return {"match_condition": MatchConditions.IfMissing}
-    return {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}
+                    await self._lake.delete(self._name, there.identity)

@@ -45,7 +45,7 @@ class OneLakeDriver(AdlsDriver):
             raise Unsupported(
                 f"{self.url} is no place for files: name an item and its folder, such as x.Lakehouse/Files."
             )
-        folder = await self._account.head("/".join(parts[:_MANAGED]))
+        folder = await self._lake.head("/".join(parts[:_MANAGED]))
         if folder is None:
             raise Unsupported(f"There is no such item or folder in the workspace: {'/'.join(parts[:_MANAGED])}.")
 
@@ -63,14 +63,14 @@ class OneLakeDriver(AdlsDriver):
         # Under a name like a transaction's: what a crash leaves of it is collected like staging.
         place = f"{self._control}/{STAGING}/{token_hex(12)}"
         one, other = f"{place}/one", f"{place}/other"
-        account = self._account
-        first, second = [await account.put(name, b"1", token_hex(12), replaces=None) for name in (one, other)]
+        lake = self._lake
+        first, second = [await lake.put(name, b"1", token_hex(12), replaces=None) for name in (one, other)]
         tries: list[Callable[[], Awaitable[object]]] = [
-            lambda: account.put(one, b"2", replaces=None),
-            lambda: account.put(one, b"2", replaces=second),
-            lambda: account.rename(one, first, other, None, set()),
-            lambda: account.rename(one, second, f"{place}/moved", None, set()),
-            lambda: account.delete(one, second),
+            lambda: lake.put(one, b"2", replaces=None),
+            lambda: lake.put(one, b"2", replaces=second),
+            lambda: lake.rename(one, first, other, None, set()),
+            lambda: lake.rename(one, second, f"{place}/moved", None, set()),
+            lambda: lake.delete(one, second),
         ]
         try:
             for attempt in tries:
@@ -83,4 +83,4 @@ class OneLakeDriver(AdlsDriver):
                     return False
             return True
         finally:
-            await account.delete_tree(place)
+            await lake.delete_tree(place)

@@ -1,0 +1,277 @@
+"""One file system of Data Lake Storage: single requests through the SDK, each under the limit, and retried.
+
+Whatever is refused for good is `Refused`. Names are whole paths within the file system, identities are ETags.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from urllib.parse import quote
+
+import anyio
+from anyio import to_thread
+from azure.core import MatchConditions
+from azure.storage.blob import BlobBlock
+from azure.storage.blob.aio import BlobServiceClient, ContainerClient
+from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
+
+from staged.drivers._azure import Closable, Location, Requests, bare, client_options, default_credential, in_trio, of
+from staged.drivers._cloud import Limit, Refused
+from staged.model import Listed
+
+if TYPE_CHECKING:
+    from azure.storage.filedatalake import PathProperties
+
+    from staged.drivers._azure import Credential
+
+__all__ = ["MISSED", "Lake"]
+
+T = TypeVar("T")
+
+MISSED = frozenset((404, 409, 412))
+"""What is answered where something is not, or not as, the condition said."""
+_SMALL = 1 << 20
+"""Bytes up to which a blob is written by one request."""
+_PAGE = 5_000
+"""Names of one page of a listing, the most that the service gives."""
+_WRITE = "staged"
+"""The name of the metadata that says by which write a blob came to be."""
+
+
+class _Clients(NamedTuple):
+    """The two interfaces to one file system."""
+
+    names: FileSystemClient
+    blobs: ContainerClient
+
+
+class Lake:
+    """Single requests to one file system, each as the SDK makes it; whatever is refused is `Refused`."""
+
+    def __init__(
+        self,
+        location: Location,
+        credential: Credential | None,
+        client: DataLakeServiceClient | None,
+        limit: int,
+        rename_options: Mapping[str, Any],
+    ) -> None:
+        self.limit = Limit(limit)
+        self._rename_options = rename_options
+        self._location, self._credential, self._client = location, credential, client
+        self._requests = Requests(self.limit)
+        self._opening = anyio.Lock()
+        self._opened: _Clients | None = None
+        self._services: list[Closable] = []
+
+    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+        async with self._opening:
+            if self._opened is None:
+                # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
+                trio = in_trio()
+                self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
+        clients = self._opened
+        return await self._requests(what, lambda: request(clients))
+
+    def _open(self, *, trio: bool) -> _Clients:
+        given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)
+        if given is None and sas is None and self._client is None:
+            given = default_credential()
+            self._services.append(given)
+        names = self._client
+        if names is None:
+            names = DataLakeServiceClient(self._location.account, **client_options(given, sas, trio=trio))
+            self._services.append(names)
+        blobs = BlobServiceClient(names.url.replace(".dfs.", ".blob.", 1), **client_options(given, sas, trio=trio))
+        self._services.append(blobs)
+        container = self._location.container
+        return _Clients(names.get_file_system_client(container), blobs.get_container_client(container))
+
+    async def aclose(self) -> None:
+        services, self._services, self._opened = self._services, [], None
+        for service in services:
+            await service.close()
+
+    async def look_at_root(self) -> None:
+        """Ask for the access control of the root, which only a hierarchical namespace has."""
+        await self._send(
+            "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
+        )
+
+    # ------------------------------------------------------------------------------------------------------------- bytes
+
+    async def get(self, name: str) -> tuple[bytes, str] | None:
+        """A blob whole, and its ETag."""
+
+        async def get(to: _Clients) -> tuple[bytes, str]:
+            stream = await to.blobs.download_blob(name, max_concurrency=1)
+            return await stream.readall(), bare(stream.properties.etag)
+
+        return await _unless_missing(self._send(f"reading {name!r}", get))
+
+    async def put(self, name: str, body: bytes, write: str = "", *, replaces: str | None) -> str:
+        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
+        if len(body) > _SMALL:
+            # The transport would hold the event loop up with so much in one piece.
+            await self.stage_block(name, block := token_hex(12), body)
+            return await self.put_blocks(name, [block], write, replaces=replaces)
+
+        async def put(to: _Clients) -> Mapping[str, Any]:
+            blob = to.blobs.get_blob_client(name)
+            return await blob.upload_blob(
+                body, length=len(body), overwrite=True, metadata=_said(write), **_if(replaces)
+            )
+
+        return await self._written(name, write, put)
+
+    async def stage_block(self, name: str, block: str, body: bytes) -> None:
+        """Send a block that shows nowhere until it is put together with others."""
+
+        async def stage(to: _Clients) -> None:
+            await to.blobs.get_blob_client(name).stage_block(block, io.BytesIO(body), length=len(body))
+
+        await self._send(f"writing {name!r}", stage)
+
+    async def put_blocks(self, name: str, blocks: Sequence[str], write: str = "", *, replaces: str | None) -> str:
+        """Make a blob of blocks, under the same conditions as `put`."""
+
+        async def put(to: _Clients) -> Mapping[str, Any]:
+            blob = to.blobs.get_blob_client(name)
+            return await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
+
+        return await self._written(name, write, put)
+
+    async def _written(self, name: str, write: str, put: Callable[[_Clients], Awaitable[Mapping[str, Any]]]) -> str:
+        try:
+            return bare((await self._send(f"writing {name!r}", put))["etag"])
+        except Refused as error:
+            if not write or error.status not in (409, 412):
+                raise
+            # An earlier sending may have done it; the write's id tells.
+            if (there := await self.head(name, write=write)) is None:
+                raise
+            return there.identity
+
+    async def head(self, name: str, *, write: str | None = None) -> Listed | None:
+        """A file or a directory by name; None where there is none, or none of that write."""
+        found = await _unless_missing(
+            self._send(f"looking at {name!r}", lambda to: to.blobs.get_blob_client(name).get_blob_properties())
+        )
+        if found is None or (write is not None and found.metadata.get(_WRITE) != write):
+            return None
+        return Listed(name, found.size, bare(found.etag), found.metadata.get("hdi_isfolder") == "true")
+
+    async def age(self, name: str) -> float | None:
+        """Seconds since it was last changed, by the service's own clock."""
+        dates: list[str] = []
+
+        async def look(to: _Clients) -> datetime:
+            found = await to.blobs.get_blob_client(name).get_blob_properties(
+                raw_response_hook=lambda answer: dates.append(answer.http_response.headers["Date"])
+            )
+            return found.last_modified
+
+        changed = await _unless_missing(self._send(f"looking at {name!r}", look))
+        return None if changed is None else max(0.0, (parsedate_to_datetime(dates[-1]) - changed).total_seconds())
+
+    # ------------------------------------------------------------------------------------------------------------- names
+
+    async def pages(self, directory: str, *, recursive: bool = True) -> AsyncGenerator[list[Listed], None]:
+        """What is below a directory, by whole names; nothing where there is no such directory."""
+        pages: AsyncIterator[AsyncIterator[PathProperties]] | None = None
+
+        async def page(to: _Clients) -> list[Listed] | None:
+            nonlocal pages
+            if pages is None:
+                pages = to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
+            try:
+                return [
+                    Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
+                    async for found in await anext(pages)
+                ]
+            except StopAsyncIteration:
+                return None
+
+        while (found := await _unless_missing(self._send(f"listing {directory!r}", page))) is not None:
+            yield found
+
+    async def make_directory(self, name: str) -> None:
+        """Make a directory and its parents; one that is there stays as it is."""
+
+        async def make(to: _Clients) -> None:
+            await to.names.get_directory_client(name).create_directory(match_condition=MatchConditions.IfMissing)
+
+        try:
+            await self._send(f"making {name!r}", make)
+        except Refused as error:
+            if error.status != 409:
+                raise
+
+    async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
+        """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
+        conditions = {
+            "source_etag": f'"{identity}"',
+            "source_match_condition": MatchConditions.IfNotModified,
+            **_if(replaces),
+            **self._rename_options,
+        }
+
+        async def rename(to: _Clients) -> None:
+            # The SDK decodes the source's name before it encodes it.
+            file = to.names.get_file_client(quote(source))
+            await file.rename_file(f"{self._location.container}/{goal}", **conditions)
+
+        what = f"renaming {source!r} to {goal!r}"
+        try:
+            await self._send(what, rename)
+        except Refused as error:
+            if error.code != "RenameDestinationParentPathNotFound":
+                raise
+            parent = goal.rpartition("/")[0]
+            if parent not in made:
+                await self.make_directory(parent)
+                made.add(parent)
+            await self._send(what, rename)
+
+    async def delete(self, name: str, identity: str | None) -> bool:
+        """Delete a file, or only what has this ETag; False where there is none."""
+        condition = {} if identity is None else _if(identity)
+
+        async def delete(to: _Clients) -> bool:
+            await to.names.get_file_client(name).delete_file(**condition)
+            return True
+
+        return await _unless_missing(self._send(f"deleting {name!r}", delete)) is not None
+
+    async def delete_tree(self, name: str) -> None:
+        """Delete a directory with all below it; one that is gone is fine."""
+
+        async def delete(to: _Clients) -> None:
+            await to.names.get_directory_client(name).delete_directory()
+
+        await _unless_missing(self._send(f"deleting {name!r}", delete))
+
+
+async def _unless_missing(request: Awaitable[T]) -> T | None:
+    try:
+        return await request
+    except Refused as error:
+        if error.status != 404:
+            raise
+        return None
+
+
+def _said(write: str) -> dict[str, str] | None:
+    return {_WRITE: write} if write else None
+
+
+def _if(etag: str | None) -> dict[str, Any]:
+    """The condition that something has this ETag, or is not there."""
+    if etag is None:
+        return {"match_condition": MatchConditions.IfMissing}
+    return {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}
