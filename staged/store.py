@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import os
 import platform
 import re
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -147,8 +149,8 @@ class Store:
             validate: Checks over the staged entries, before the lock; each may be async, and refuses by raising.
             require: Guarantees without which nothing is begun.
             keep_old: How many swapped-out trees stay for those who still read them.
-            lock_timeout: Seconds to wait for another writer's commit.
-            grace: Seconds for which a cancellation waits for a commit that is decided.
+            lock_timeout: Seconds to wait for another writer's commit; `math.inf` to wait without end.
+            grace: Seconds for which a cancellation waits for a commit that is decided; `math.inf` likewise.
 
         Raises:
             InvalidInput: An argument is wrong.
@@ -396,7 +398,16 @@ def _options(
         raise InvalidInput(f"partitions= is a list of directories, such as [{partitions!r}], not a str.")
     if not isinstance(validate, Iterable):
         raise InvalidInput("validate= is a list of checks.")
-    named = None if partitions is None else tuple(partition.rstrip("/") for partition in partitions)
+    if not isinstance(partitions, Iterable | None):
+        raise InvalidInput(f"partitions= is a list of directories, not {partitions!r}.")
+    # What is no str is refused with the options, as a path.
+    named = None if partitions is None else tuple(p.rstrip("/") if isinstance(p, str) else p for p in partitions)
+    # Records take no subclasses: numpy's str and int among others.
+    if isinstance(key, str):
+        key = str.__str__(key)
+    if not isinstance(keep_old, bool):
+        with suppress(TypeError):
+            keep_old = operator.index(keep_old)
     return Options(chosen, key, meta, named, allow_empty, tuple(validate), keep_old, lock_timeout, grace)
 
 
