@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import os
 import platform
-import re
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import get_args
 
-from staged import paths, states
+from staged import paths, states, urls
 from staged._waitout import run_to_end
 from staged.commit import look
 from staged.control import HEAD, Target, read_both, read_record, record_key
@@ -67,10 +68,10 @@ def open_store(
         if options:
             raise InvalidInput(f"A driver is configured already; {', '.join(options)} cannot be passed with it.")
         return Store(target, compose(observers))
-    text = os.fspath(target)
-    if not isinstance(text, str):
-        raise InvalidInput("A target is a str, a path or a driver.")
-    scheme, rest = _split(text)
+    scheme, rest = urls.split(target)
+    if scheme not in _DRIVERS:
+        drivers = ", ".join(filter(None, _DRIVERS))
+        raise Unsupported(f"There is no driver for {scheme}:// URLs; there are drivers for {drivers}.")
     module, name = _DRIVERS[scheme]
     driver_class = getattr(importlib.import_module(module), name)
     known = [parameter for parameter in inspect.signature(driver_class).parameters if parameter != "path"]
@@ -78,20 +79,6 @@ def open_store(
         if option not in known:
             raise InvalidInput(f"There is no option {option!r} for this store; its options are {', '.join(known)}.")
     return Store(driver_class(rest, **options), compose(observers))
-
-
-def _split(target: str) -> tuple[str, str]:
-    """A URL's scheme, the same in capitals, and what follows it; no message shows the latter, which may hold a credential."""
-    scheme, found, rest = target.partition("://")
-    if not found or "/" in scheme:
-        return "", target
-    scheme = scheme.lower()
-    if not scheme or scheme not in _DRIVERS:
-        what = f"{scheme}:// URLs" if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else "a URL of that form"
-        raise Unsupported(f"There is no driver for {what}; there are drivers for {', '.join(filter(None, _DRIVERS))}.")
-    if scheme == "file" and not rest.startswith("/"):
-        raise InvalidInput("A file URL names an absolute path and no host: file:///lake/flights.")
-    return scheme, rest
 
 
 class Store:
@@ -147,8 +134,8 @@ class Store:
             validate: Checks over the staged entries, before the lock; each may be async, and refuses by raising.
             require: Guarantees without which nothing is begun.
             keep_old: How many swapped-out trees stay for those who still read them.
-            lock_timeout: Seconds to wait for another writer's commit.
-            grace: Seconds for which a cancellation waits for a commit that is decided.
+            lock_timeout: Seconds to wait for another writer's commit; `math.inf` to wait without end.
+            grace: Seconds for which a cancellation waits for a commit that is decided; `math.inf` likewise.
 
         Raises:
             InvalidInput: An argument is wrong.
@@ -396,7 +383,16 @@ def _options(
         raise InvalidInput(f"partitions= is a list of directories, such as [{partitions!r}], not a str.")
     if not isinstance(validate, Iterable):
         raise InvalidInput("validate= is a list of checks.")
-    named = None if partitions is None else tuple(partition.rstrip("/") for partition in partitions)
+    if not isinstance(partitions, Iterable | None):
+        raise InvalidInput(f"partitions= is a list of directories, not {partitions!r}.")
+    # What is no str is refused with the options, as a path.
+    named = None if partitions is None else tuple(p.rstrip("/") if isinstance(p, str) else p for p in partitions)
+    # Records take no subclasses: numpy's str and int among others.
+    if isinstance(key, str):
+        key = str.__str__(key)
+    if not isinstance(keep_old, bool):
+        with suppress(TypeError):
+            keep_old = operator.index(keep_old)
     return Options(chosen, key, meta, named, allow_empty, tuple(validate), keep_old, lock_timeout, grace)
 
 
