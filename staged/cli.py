@@ -143,7 +143,7 @@ class _Load:
     """What `put` was asked for."""
 
     sources: tuple[str, ...]
-    url: str
+    at: _At
     mode: Mode
     key: str | None
     partitions: tuple[str, ...] | None
@@ -157,7 +157,7 @@ async def _put(load: _Load, opened: list[Transaction]) -> Receipt:
     files = await to_thread.run_sync(_collect, load.sources)
     options: dict[str, object] = {} if load.durability is None else {"durability": load.durability}
     with _bar(files) as (observer, count):
-        async with _opened(load.url, observers=[observer], **options) as store:
+        async with load.at.open(observers=[observer], **options) as store:
             async with store.staged_write(
                 load.mode,
                 key=load.key,
@@ -271,26 +271,35 @@ def _bar(files: Sequence[_File]) -> Iterator[tuple[Observer, Callable[[int], Non
 # ------------------------------------------------------------------------------------------------ looking and repairing
 
 
-def _opened(url: str, **options: Any) -> Store:
-    """A store that outlives the command."""
-    if urls.split(url)[0] == "memory":
-        raise InvalidInput("What memory:// holds is gone with its process: the command needs another store.")
-    return open_store(url, **options)
+@dataclass(frozen=True, slots=True)
+class _At:
+    """A target as the command line names it: its URL, and where its control area lies if that is another place."""
+
+    url: str
+    staging: str | None = None
+
+    def open(self, **options: Any) -> Store:
+        """A store that outlives the command."""
+        if urls.split(self.url)[0] == "memory":
+            raise InvalidInput("What memory:// holds is gone with its process: the command needs another store.")
+        if self.staging is not None:
+            options["staging"] = self.staging
+        return open_store(self.url, **options)
 
 
-async def _status(url: str) -> Status:
-    async with _opened(url) as store:
+async def _status(at: _At) -> Status:
+    async with at.open() as store:
         return await store.status()
 
 
-async def _outcome(url: str, id: str) -> Outcome:
-    async with _opened(url) as store:
+async def _outcome(at: _At, id: str) -> Outcome:
+    async with at.open() as store:
         return await store.outcome(id)
 
 
-async def _recover(url: str, resolve: Resolve | None) -> tuple[Recovered, bool]:
+async def _recover(at: _At, resolve: Resolve | None) -> tuple[Recovered, bool]:
     """What was done, and whether nobody had ever written there: a URL with a slip in it looks like that."""
-    async with _opened(url) as store:
+    async with at.open() as store:
         is_new = _is_new(await store.status())
         return await store.recover(resolve=resolve), is_new
 
@@ -300,7 +309,7 @@ async def _recover_all(root: str, resolve: Resolve | None) -> list[tuple[str, Re
     done: list[tuple[str, Recovered | StagedError]] = []
     for target in await to_thread.run_sync(_find_targets, root):
         try:
-            recovered, _ = await _recover(target, resolve)
+            recovered, _ = await _recover(_At(target), resolve)
             done.append((target, recovered))
         except StagedError as error:
             done.append((target, error))
@@ -340,9 +349,9 @@ def _mode(path: str) -> int:
         return 0
 
 
-async def _gc(url: str, older_than: timedelta) -> tuple[Recovered, bool]:
+async def _gc(at: _At, older_than: timedelta) -> tuple[Recovered, bool]:
     """What was done, and whether nobody had ever written there."""
-    async with _opened(url) as store:
+    async with at.open() as store:
         is_new = _is_new(await store.status())
         return await store.gc(older_than=older_than), is_new
 
@@ -668,6 +677,9 @@ def commands() -> click.Group:
             return super().convert(value, param, ctx)
 
     url = click.argument("url")
+    staging_option = click.option(
+        "--staging", metavar="DIR", help="Where the target's control area lies, if its writers chose another place."
+    )
     json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
     class Commands(click.Group):
@@ -731,6 +743,7 @@ def commands() -> click.Group:
         callback=duration,
         help="How long to wait for another writer's commit.",
     )
+    @staging_option
     @json_option
     def put(
         sources: tuple[str, ...],
@@ -741,6 +754,7 @@ def commands() -> click.Group:
         allow_empty: bool,
         durability: str | None,
         lock_timeout: timedelta,
+        staging: str | None,
         as_json: bool,
     ) -> None:
         """Load files and directories into a store, all or nothing.
@@ -748,33 +762,37 @@ def commands() -> click.Group:
         A file is put under its name; the files of a directory keep their paths relative to it.
         """
         seconds = lock_timeout.total_seconds()
-        load = _Load(sources, url, Mode.parse(mode), key, partitions or None, allow_empty, durability, seconds)
+        load = _Load(
+            sources, _At(url, staging), Mode.parse(mode), key, partitions or None, allow_empty, durability, seconds
+        )
         opened: list[Transaction] = []
         receipt = _run(lambda: _put(load, opened), as_json, opened)
         _show(receipt, lambda: receipt_table(receipt), as_json)
 
     @staged.command()
     @url
+    @staging_option
     @json_option
-    def status(url: str, as_json: bool) -> None:
+    def status(url: str, staging: str | None, as_json: bool) -> None:
         """Show the state of a target; changes nothing.
 
         Every transaction that has not ended is listed.
         """
-        found = _run(lambda: _status(url), as_json)
+        found = _run(lambda: _status(_At(url, staging)), as_json)
         _show(found, lambda: status_table(found), as_json)
 
     @staged.command()
     @url
     @click.argument("id")
+    @staging_option
     @json_option
-    def outcome(url: str, id: str, as_json: bool) -> None:
+    def outcome(url: str, id: str, staging: str | None, as_json: bool) -> None:
         """Show how a transaction ended, or stands.
 
         This changes nothing. The exit code is 0 where that is known, whatever it is, and 3 where the store has no trace
         of it.
         """
-        found = _run(lambda: _outcome(url, id), as_json)
+        found = _run(lambda: _outcome(_At(url, staging), id), as_json)
         _show(found, lambda: _outcome_table(found), as_json)
         sys.exit(_UNKNOWN if found.state == "unknown" else 0)
 
@@ -786,8 +804,9 @@ def commands() -> click.Group:
         help="Where a foreign thing blocks a decided commit: keep that thing, or replace it.",
     )
     @click.option("--recursive", is_flag=True, help="Recover every target at or below a local directory.")
+    @staging_option
     @json_option
-    def recover(url: str, resolve: str | None, recursive: bool, as_json: bool) -> None:
+    def recover(url: str, resolve: str | None, recursive: bool, staging: str | None, as_json: bool) -> None:
         """Finish or undo what a dead process left.
 
         What it decided is completed, what it left undecided is rolled back. Live transactions, and those that were
@@ -797,13 +816,17 @@ def commands() -> click.Group:
         """
         chosen = cast("Resolve | None", resolve)
         if not recursive:
-            done, is_new = _run(lambda: _recover(url, chosen), as_json)
+            done, is_new = _run(lambda: _recover(_At(url, staging), chosen), as_json)
             _show(done, lambda: _recovered_table(done, is_new=is_new), as_json)
             sys.exit(_damage(done, as_json))
         try:
             root = urls.local_path(url)
         except StagedError:
             raise click.UsageError("--recursive goes with a local directory, and URL is none.") from None
+        if staging is not None:
+            raise click.UsageError(
+                "--recursive finds control areas beside their targets; --staging names one elsewhere."
+            )
         if not os.path.isdir(root):
             raise click.UsageError(f"There is no such directory: {root!r}.")
         results = _run(lambda: _recover_all(root, chosen), as_json)
@@ -833,13 +856,14 @@ def commands() -> click.Group:
         callback=duration,
         help="The age at which something is old: 0, 30s, 15m, 12h, 7d.",
     )
+    @staging_option
     @json_option
-    def gc(url: str, older_than: timedelta, as_json: bool) -> None:
+    def gc(url: str, older_than: timedelta, staging: str | None, as_json: bool) -> None:
         """Recover, then collect what is old.
 
         That is: abandoned and prepared transactions, outcomes, and trees put aside.
         """
-        done, is_new = _run(lambda: _gc(url, older_than), as_json)
+        done, is_new = _run(lambda: _gc(_At(url, staging), older_than), as_json)
         _show(done, lambda: _recovered_table(done, is_new=is_new), as_json)
         sys.exit(_damage(done, as_json))
 

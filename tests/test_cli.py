@@ -673,3 +673,21 @@ def test_a_slip_in_a_path_is_told_from_nothing_to_do(tmp_path: Path) -> None:
 def test_the_command_tells_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", {"staged": "1.2.3"}.__getitem__)
     assert staged("--version").stdout == "staged 1.2.3\n"
+
+
+def test_a_target_whose_control_area_lies_elsewhere_is_served_by_naming_that_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    target, where = str(tmp_path / "target"), ["--staging", str(tmp_path / "elsewhere")]
+    put = CliRunner().invoke(commands(), ["put", str(tmp_path / "file"), target, "--mode", "append", *where, "--json"])
+    assert put.exit_code == 0, put.stderr
+    id = json.loads(put.stdout)["id"]
+    for line, found in (
+        (["status", target], '"commits":1'),
+        (["outcome", target, id], '"committed"'),
+        (["recover", target], "{"),
+        (["gc", target], "{"),
+    ):
+        ran = CliRunner().invoke(commands(), [*line, *where, "--json"])
+        assert ran.exit_code == 0, ran.stderr
+        assert found in ran.stdout.replace(" ", "")
+    assert not (tmp_path / "_staged").exists()
