@@ -45,7 +45,7 @@ def main() -> None:
     if chosen.picture:
         from picture import draw
 
-        draw(bench, chosen.picture, 10_000 if chosen.quick else 100_000)
+        draw(bench, chosen.picture, 10_000)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,14 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Itera
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 import anyio
 import msgspec
 from anyio import to_thread
 
-from staged import paths
-from staged.errors import Busy, CommitIncomplete, InvalidInput, StagedError
+from staged import paths, urls
+from staged.errors import Busy, CommitIncomplete, InvalidInput, StagedError, StorageError
 from staged.lifecycle import Transaction
 from staged.model import (
     Decided,
@@ -39,7 +39,7 @@ from staged.model import (
 )
 from staged.observers import Observer
 from staged.states import Phase
-from staged.store import open_store
+from staged.store import Store, open_store
 
 if TYPE_CHECKING:
     import click
@@ -54,10 +54,13 @@ _ERROR, _UNKNOWN, _INCOMPLETE, _BUSY, _INTERRUPTED = 1, 3, 4, 5, 130
 
 _EXIT_CODES = (
     ("0", "done"),
-    ("1", "an error; the target is untouched"),
+    ("1", "an error; the target is untouched, unless only the output could not be written"),
     ("2", "wrong usage"),
     ("3", "the outcome is unknown: ask `staged outcome`, or `staged recover`"),
-    ("4", "committed, but not complete, or blocked, by this or an earlier command: `staged recover`"),
+    (
+        "4",
+        "committed, but not complete, or blocked, by this or an earlier command: `staged recover`; or a damaged record",
+    ),
     ("5", "busy: another process holds it; try again"),
     ("130", "Ctrl-C; rolled back"),
 )
@@ -102,6 +105,9 @@ def main() -> None:
     except ModuleNotFoundError as missing:
         print(f"The staged command needs {missing.name}: pip install 'staged[cli]'", file=sys.stderr)
         sys.exit(_ERROR)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     commands()(prog_name="staged")
 
 
@@ -137,7 +143,7 @@ class _Load:
     """What `put` was asked for."""
 
     sources: tuple[str, ...]
-    url: str
+    at: _At
     mode: Mode
     key: str | None
     partitions: tuple[str, ...] | None
@@ -151,7 +157,7 @@ async def _put(load: _Load, opened: list[Transaction]) -> Receipt:
     files = await to_thread.run_sync(_collect, load.sources)
     options: dict[str, object] = {} if load.durability is None else {"durability": load.durability}
     with _bar(files) as (observer, count):
-        async with open_store(load.url, observers=[observer], **options) as store:
+        async with load.at.open(observers=[observer], **options) as store:
             async with store.staged_write(
                 load.mode,
                 key=load.key,
@@ -265,19 +271,35 @@ def _bar(files: Sequence[_File]) -> Iterator[tuple[Observer, Callable[[int], Non
 # ------------------------------------------------------------------------------------------------ looking and repairing
 
 
-async def _status(url: str) -> Status:
-    async with open_store(url) as store:
+@dataclass(frozen=True, slots=True)
+class _At:
+    """A target as the command line names it: its URL, and where its control area lies if that is another place."""
+
+    url: str
+    staging: str | None = None
+
+    def open(self, **options: Any) -> Store:
+        """A store that outlives the command."""
+        if urls.split(self.url)[0] == "memory":
+            raise InvalidInput("What memory:// holds is gone with its process: the command needs another store.")
+        if self.staging is not None:
+            options["staging"] = self.staging
+        return open_store(self.url, **options)
+
+
+async def _status(at: _At) -> Status:
+    async with at.open() as store:
         return await store.status()
 
 
-async def _outcome(url: str, id: str) -> Outcome:
-    async with open_store(url) as store:
+async def _outcome(at: _At, id: str) -> Outcome:
+    async with at.open() as store:
         return await store.outcome(id)
 
 
-async def _recover(url: str, resolve: Resolve | None) -> tuple[Recovered, bool]:
+async def _recover(at: _At, resolve: Resolve | None) -> tuple[Recovered, bool]:
     """What was done, and whether nobody had ever written there: a URL with a slip in it looks like that."""
-    async with open_store(url) as store:
+    async with at.open() as store:
         is_new = _is_new(await store.status())
         return await store.recover(resolve=resolve), is_new
 
@@ -287,7 +309,7 @@ async def _recover_all(root: str, resolve: Resolve | None) -> list[tuple[str, Re
     done: list[tuple[str, Recovered | StagedError]] = []
     for target in await to_thread.run_sync(_find_targets, root):
         try:
-            recovered, _ = await _recover(target, resolve)
+            recovered, _ = await _recover(_At(target), resolve)
             done.append((target, recovered))
         except StagedError as error:
             done.append((target, error))
@@ -313,12 +335,25 @@ def _find_targets(root: str) -> list[str]:
 
 def _is_control(directory: str) -> bool:
     """A head lies there, or the record of a transaction that began before there was one."""
-    return os.path.isfile(os.path.join(directory, "head")) or os.path.isdir(os.path.join(directory, "tx"))
+    head, transactions = (_mode(os.path.join(directory, name)) for name in ("head", "tx"))
+    return stat.S_ISREG(head) or stat.S_ISDIR(transactions)
 
 
-async def _gc(url: str, older_than: timedelta) -> Recovered:
-    async with open_store(url) as store:
-        return await store.gc(older_than=older_than)
+def _mode(path: str) -> int:
+    """What lies there: nothing is 0, and what is closed to this user a file, so that its recovery says so."""
+    try:
+        return os.stat(path).st_mode
+    except PermissionError:
+        return stat.S_IFREG
+    except OSError:
+        return 0
+
+
+async def _gc(at: _At, older_than: timedelta) -> tuple[Recovered, bool]:
+    """What was done, and whether nobody had ever written there."""
+    async with at.open() as store:
+        is_new = _is_new(await store.status())
+        return await store.gc(older_than=older_than), is_new
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
@@ -506,10 +541,28 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _show(value: object, table: Callable[[], RenderableType], as_json: bool) -> None:
-    if as_json:
-        print(msgspec.json.encode(value).decode())
-    else:
-        _console().print(table())
+    with _output(as_json):
+        if as_json:
+            print(msgspec.json.encode(value).decode())
+        else:
+            _console().print(table())
+
+
+@contextmanager
+def _output(as_json: bool) -> Iterator[None]:
+    """What is printed within is written at its end; where it cannot be, one message says so."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # click ends quietly then
+    except OSError as error:
+        # Else the interpreter would try to write it again, and complain of it once more.
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        message = f"The output could not be written: {error.strerror or error}. What the command did is done."
+        _complain("OSError", message, "unknown", None, as_json)
+        sys.exit(_ERROR)
 
 
 # -------------------------------------------------------------------------------------------------------------- the end
@@ -531,7 +584,7 @@ def _report(error: StagedError | OSError, as_json: bool, where: str | None = Non
     for python, shell in _IN_SHELL_WORDS.items():
         message = re.sub(python, shell, message)
     # The only files that commands touch by themselves are the sources of a load, before its commit.
-    outcome = error.outcome if isinstance(error, StagedError) else "untouched"
+    outcome = error.outcome if isinstance(error, StagedError) and not _is_refused(error) else "untouched"
     tx = error.transaction if isinstance(error, StagedError) else None
     if outcome == "untouched" and (tx or isinstance(error, OSError)) and not _SAYS_UNTOUCHED.search(message):
         message += f"{'' if message.endswith('.') else '.'} The target is untouched."
@@ -544,9 +597,27 @@ def _report(error: StagedError | OSError, as_json: bool, where: str | None = Non
 def _code(error: StagedError) -> int:
     if isinstance(error, Busy):
         return _BUSY
+    if _is_refused(error):
+        return _ERROR
     if isinstance(error.__cause__, CommitIncomplete):
         return _INCOMPLETE  # another's, which must be completed first
     return {"untouched": _ERROR, "committed": _INCOMPLETE, "unknown": _UNKNOWN}[error.outcome]
+
+
+def _is_refused(error: StagedError) -> bool:
+    """This user may not look or repair there; of a commit that was under way nothing is in doubt."""
+    return type(error) is StorageError and isinstance(error.__cause__, PermissionError)
+
+
+def _damage(recovered: Recovered, as_json: bool, where: str | None = None) -> int:
+    """Say on stderr which records could not be read, if any; returns the exit code."""
+    if not recovered.damaged:
+        return 0
+    ids = ", ".join(recovered.damaged)
+    message = f"{where}: " if where else ""
+    message += f"The records of these transactions are damaged, and nothing was done with them: {ids}. Restore them."
+    _complain("DamagedRecord", message, "unknown", recovered.damaged[0], as_json)
+    return _INCOMPLETE
 
 
 def _interrupted(as_json: bool, opened: Sequence[Transaction]) -> NoReturn:
@@ -606,6 +677,9 @@ def commands() -> click.Group:
             return super().convert(value, param, ctx)
 
     url = click.argument("url")
+    staging_option = click.option(
+        "--staging", metavar="DIR", help="Where the target's control area lies, if its writers chose another place."
+    )
     json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 
     class Commands(click.Group):
@@ -623,7 +697,14 @@ def commands() -> click.Group:
             formatter.write_paragraph()
             formatter.write_text(_ERRORS)
 
+        def invoke(self, ctx: click.Context) -> Any:
+            try:
+                return super().invoke(ctx)
+            except KeyboardInterrupt:
+                _interrupted(False, ())
+
     @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+    @click.version_option(package_name="staged", message="%(prog)s %(version)s")
     def staged() -> None:
         """Make a set of files appear in a directory or a bucket, all at once or not at all.
 
@@ -662,6 +743,7 @@ def commands() -> click.Group:
         callback=duration,
         help="How long to wait for another writer's commit.",
     )
+    @staging_option
     @json_option
     def put(
         sources: tuple[str, ...],
@@ -672,6 +754,7 @@ def commands() -> click.Group:
         allow_empty: bool,
         durability: str | None,
         lock_timeout: timedelta,
+        staging: str | None,
         as_json: bool,
     ) -> None:
         """Load files and directories into a store, all or nothing.
@@ -679,33 +762,37 @@ def commands() -> click.Group:
         A file is put under its name; the files of a directory keep their paths relative to it.
         """
         seconds = lock_timeout.total_seconds()
-        load = _Load(sources, url, Mode.parse(mode), key, partitions or None, allow_empty, durability, seconds)
+        load = _Load(
+            sources, _At(url, staging), Mode.parse(mode), key, partitions or None, allow_empty, durability, seconds
+        )
         opened: list[Transaction] = []
         receipt = _run(lambda: _put(load, opened), as_json, opened)
         _show(receipt, lambda: receipt_table(receipt), as_json)
 
     @staged.command()
     @url
+    @staging_option
     @json_option
-    def status(url: str, as_json: bool) -> None:
+    def status(url: str, staging: str | None, as_json: bool) -> None:
         """Show the state of a target; changes nothing.
 
         Every transaction that has not ended is listed.
         """
-        found = _run(lambda: _status(url), as_json)
+        found = _run(lambda: _status(_At(url, staging)), as_json)
         _show(found, lambda: status_table(found), as_json)
 
     @staged.command()
     @url
     @click.argument("id")
+    @staging_option
     @json_option
-    def outcome(url: str, id: str, as_json: bool) -> None:
+    def outcome(url: str, id: str, staging: str | None, as_json: bool) -> None:
         """Show how a transaction ended, or stands.
 
         This changes nothing. The exit code is 0 where that is known, whatever it is, and 3 where the store has no trace
         of it.
         """
-        found = _run(lambda: _outcome(url, id), as_json)
+        found = _run(lambda: _outcome(_At(url, staging), id), as_json)
         _show(found, lambda: _outcome_table(found), as_json)
         sys.exit(_UNKNOWN if found.state == "unknown" else 0)
 
@@ -717,8 +804,9 @@ def commands() -> click.Group:
         help="Where a foreign thing blocks a decided commit: keep that thing, or replace it.",
     )
     @click.option("--recursive", is_flag=True, help="Recover every target at or below a local directory.")
+    @staging_option
     @json_option
-    def recover(url: str, resolve: str | None, recursive: bool, as_json: bool) -> None:
+    def recover(url: str, resolve: str | None, recursive: bool, staging: str | None, as_json: bool) -> None:
         """Finish or undo what a dead process left.
 
         What it decided is completed, what it left undecided is rolled back. Live transactions, and those that were
@@ -728,24 +816,35 @@ def commands() -> click.Group:
         """
         chosen = cast("Resolve | None", resolve)
         if not recursive:
-            done, is_new = _run(lambda: _recover(url, chosen), as_json)
+            done, is_new = _run(lambda: _recover(_At(url, staging), chosen), as_json)
             _show(done, lambda: _recovered_table(done, is_new=is_new), as_json)
-            return
-        root = url.removeprefix("file://")
+            sys.exit(_damage(done, as_json))
+        try:
+            root = urls.local_path(url)
+        except StagedError:
+            raise click.UsageError("--recursive goes with a local directory, and URL is none.") from None
+        if staging is not None:
+            raise click.UsageError(
+                "--recursive finds control areas beside their targets; --staging names one elsewhere."
+            )
         if not os.path.isdir(root):
-            raise click.UsageError("--recursive goes with a local directory, and URL is none.")
+            raise click.UsageError(f"There is no such directory: {root!r}.")
         results = _run(lambda: _recover_all(root, chosen), as_json)
         recovered = [(target, result) for target, result in results if isinstance(result, Recovered)]
-        if as_json:
-            objects = [{"target": target, **msgspec.to_builtins(result)} for target, result in recovered]
-            print(msgspec.json.encode({"targets": objects}).decode())
-        else:
-            for number, (target, result) in enumerate(recovered):
-                _console().print(*[""] * (number > 0), _recovered_table(result, target), sep="\n")
-            if not results:
-                print(f"There is no target at or below {root}.")
-        codes = [_report(error, as_json, where) for where, error in results if isinstance(error, StagedError)]
-        sys.exit(codes[0] if codes else 0)
+        with _output(as_json):
+            if as_json:
+                objects = [{"target": target, **msgspec.to_builtins(result)} for target, result in recovered]
+                print(msgspec.json.encode({"targets": objects}).decode())
+            else:
+                for number, (target, result) in enumerate(recovered):
+                    _console().print(*[""] * (number > 0), _recovered_table(result, target), sep="\n")
+                if not results:
+                    print(f"There is no target at or below {root}.")
+        codes = [
+            _damage(result, as_json, where) if isinstance(result, Recovered) else _report(result, as_json, where)
+            for where, result in results
+        ]
+        sys.exit(next(filter(None, codes), 0))
 
     @staged.command()
     @url
@@ -757,14 +856,16 @@ def commands() -> click.Group:
         callback=duration,
         help="The age at which something is old: 0, 30s, 15m, 12h, 7d.",
     )
+    @staging_option
     @json_option
-    def gc(url: str, older_than: timedelta, as_json: bool) -> None:
+    def gc(url: str, older_than: timedelta, staging: str | None, as_json: bool) -> None:
         """Recover, then collect what is old.
 
         That is: abandoned and prepared transactions, outcomes, and trees put aside.
         """
-        done = _run(lambda: _gc(url, older_than), as_json)
-        _show(done, lambda: _recovered_table(done), as_json)
+        done, is_new = _run(lambda: _gc(_At(url, staging), older_than), as_json)
+        _show(done, lambda: _recovered_table(done, is_new=is_new), as_json)
+        sys.exit(_damage(done, as_json))
 
     @staged.command()
     @click.argument("directory", default="./lake", type=click.Path(file_okay=False))

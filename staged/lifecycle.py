@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
+from numbers import Real
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -77,9 +78,14 @@ class Options:
             raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
         for partition in self.partitions or ():
             paths.parse(partition)
-        for number in (self.keep_old, self.lock_timeout, self.grace):
-            if not isinstance(number, (int, float)) or number < 0:
-                raise InvalidInput("keep_old, lock_timeout and grace (in seconds) are numbers that are not negative.")
+        if type(self.allow_empty) is not bool:
+            raise InvalidInput(f"allow_empty= is True or False, not {self.allow_empty!r}.")
+        if type(self.keep_old) is not int or self.keep_old < 0:
+            raise InvalidInput(f"keep_old= is a whole number that is not negative, not {self.keep_old!r}.")
+        for name, seconds in (("lock_timeout", self.lock_timeout), ("grace", self.grace)):
+            # What is not a number is not negative either; it is not at least zero.
+            if isinstance(seconds, bool) or not isinstance(seconds, Real) or not float(seconds) >= 0:
+                raise InvalidInput(f"{name}= is a number of seconds that is not negative, not {seconds!r}.")
         for check in self.validate:
             if not callable(check):
                 raise InvalidInput(

@@ -55,7 +55,8 @@ def parse(path: str) -> str:
                 raise InvalidPath(f"{path!r} has the part {part!r}, a device name on Windows.")
     if not path.isascii() and RESERVED in fold(path).split("/"):
         raise InvalidPath(f"{path!r} reads as the reserved name {RESERVED!r}.")
-    return path
+    # Records take no subclasses: numpy's str among others.
+    return path if type(path) is str else str.__str__(path)
 
 
 def parse_prefix(prefix: str) -> str:

@@ -48,6 +48,7 @@ MAX_DEPTH = 100
 """Levels of nesting in it, so that it can be read from any stack."""
 
 _ID = re.compile(r"[0-9a-f]{24}")
+_IDS = re.compile(rf"{_ID.pattern}(?:,{_ID.pattern})*")
 _NUMBER = re.compile(rb"[1-9][0-9]{0,8}")
 
 
@@ -208,8 +209,10 @@ def _check(value: object) -> None:
         if value.transaction is not None:
             _check_id(value.transaction)
     elif isinstance(value, Ledger):
-        for commit in value.commits:
-            _check_id(commit.transaction)
+        ids = [commit.transaction for commit in value.commits]
+        # A thousand at a look; none holds a comma, or there would be more of them.
+        if ids and (_IDS.fullmatch(joined := ",".join(ids)) is None or joined.count(",") != len(ids) - 1):
+            raise DamagedRecord("The ledger names what is not the id of a transaction.")
     elif isinstance(value, Outcome):
         _check_id(value.id)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import operator
 import os
 import platform
-import re
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
 from typing import get_args
 
-from staged import paths, states
+from staged import paths, states, urls
 from staged._waitout import run_to_end
 from staged.commit import look
 from staged.control import HEAD, Target, read_both, read_record, record_key
@@ -74,10 +75,7 @@ def open_store(
         if options:
             raise InvalidInput(f"A driver is configured already; {', '.join(options)} cannot be passed with it.")
         return Store(target, compose(observers))
-    text = os.fspath(target)
-    if not isinstance(text, str):
-        raise InvalidInput("A target is a str, a path or a driver.")
-    driver_class, argument = _driver_of(text)
+    driver_class, argument = _driver_of(*urls.split(target))
     known = [parameter for parameter in inspect.signature(driver_class).parameters if parameter != "path"]
     for option in options:
         if option not in known:
@@ -85,16 +83,10 @@ def open_store(
     return Store(driver_class(argument, **options), compose(observers))
 
 
-def _driver_of(target: str) -> tuple[Callable[..., Driver], str]:
-    """The driver of a URL or a path, and its first argument; no message shows a URL, which may hold a credential."""
-    scheme, found, rest = target.partition("://")
-    if not found or "/" in scheme:
-        scheme, rest, url = "file", target, "file://"
-    else:
-        # A scheme is the same in capitals, and so is a host.
-        scheme, url = scheme.lower(), f"{scheme.lower()}://{rest.partition('/')[0].lower()}/"
-        if scheme == "file" and not rest.startswith("/"):
-            raise InvalidInput("A file URL names an absolute path and no host: file:///lake/flights.")
+def _driver_of(scheme: str, rest: str) -> tuple[Callable[..., Driver], str]:
+    """The driver of a URL or a path, and its first argument."""
+    # A host is the same in capitals.
+    url = f"{scheme or 'file'}://{rest.partition('/')[0].lower()}/"
     for pattern, module, name, extra in _DRIVERS:
         if re.match(pattern, url):
             try:
@@ -103,9 +95,8 @@ def _driver_of(target: str) -> tuple[Callable[..., Driver], str]:
                 if not extra or (missing.name or "").startswith("staged"):
                     raise
                 raise Unsupported(f"This store needs {missing.name}: pip install 'staged[{extra}]'") from missing
-            return driver, rest if scheme in ("file", "memory") else f"{scheme}://{rest}"
-    what = f"{scheme}:// URLs" if re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) else "a URL of that form"
-    raise Unsupported(f"There is no driver for {what}; there are drivers for {_SCHEMES}.")
+            return driver, rest if scheme in ("", "file", "memory") else f"{scheme}://{rest}"
+    raise Unsupported(f"There is no driver for such {scheme}:// URLs; there are drivers for {_SCHEMES}.")
 
 
 class Store:
@@ -161,8 +152,8 @@ class Store:
             validate: Checks over the staged entries, before the lock; each may be async, and refuses by raising.
             require: Guarantees without which nothing is begun.
             keep_old: How many swapped-out trees stay for those who still read them.
-            lock_timeout: Seconds to wait for another writer's commit.
-            grace: Seconds for which a cancellation waits for a commit that is decided.
+            lock_timeout: Seconds to wait for another writer's commit; `math.inf` to wait without end.
+            grace: Seconds for which a cancellation waits for a commit that is decided; `math.inf` likewise.
 
         Raises:
             InvalidInput: An argument is wrong.
@@ -410,7 +401,16 @@ def _options(
         raise InvalidInput(f"partitions= is a list of directories, such as [{partitions!r}], not a str.")
     if not isinstance(validate, Iterable):
         raise InvalidInput("validate= is a list of checks.")
-    named = None if partitions is None else tuple(partition.rstrip("/") for partition in partitions)
+    if not isinstance(partitions, Iterable | None):
+        raise InvalidInput(f"partitions= is a list of directories, not {partitions!r}.")
+    # What is no str is refused with the options, as a path.
+    named = None if partitions is None else tuple(p.rstrip("/") if isinstance(p, str) else p for p in partitions)
+    # Records take no subclasses: numpy's str and int among others.
+    if isinstance(key, str):
+        key = str.__str__(key)
+    if not isinstance(keep_old, bool):
+        with suppress(TypeError):
+            keep_old = operator.index(keep_old)
     return Options(chosen, key, meta, named, allow_empty, tuple(validate), keep_old, lock_timeout, grace)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 import pytest
@@ -564,3 +566,128 @@ def test_a_url_without_a_driver_is_one_clear_error(source: Path) -> None:
 def test_commands_run_one_after_another_in_one_process(source: Path, tmp_path: Path) -> None:
     runs = [partial(staged, "put", source, tmp_path / name, "--mode", "error") for name in ("x", "y")]
     assert [run().exit_code for run in runs] == [0, 0]
+
+
+# ----------------------------------------------------------------------------------- what goes wrong beside the commands
+
+
+def damage(target: Path) -> str:
+    """A transaction that died, whose record is garbage since."""
+    kill_load(target, "Staged")
+    [tx] = [tx.id for tx in anyio.run(status_of, target).transactions]
+    for file in (target.parent / "_staged" / target.name / "tx" / tx).glob("record*"):
+        file.write_bytes(b"garbage")
+    return tx
+
+
+def test_a_damaged_record_is_named_and_exits_with_4_whatever_else_was_repaired(target: Path) -> None:
+    tx = damage(target)
+    assert staged("status", target).exit_code == 0
+    for words in (("recover", target), ("recover", target, "--recursive"), ("gc", target, "--older-than", "0")):
+        result = staged(*words)
+        assert result.exit_code == 4 and tx in result.stderr and result.stderr.startswith("Error: "), words
+        fault = json.loads(staged(*words, "--json").stderr)
+        assert (fault["error"], fault["transaction"]) == ("DamagedRecord", tx)
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """This process as a user who may not do everything."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+def test_recover_recursively_names_the_targets_that_are_closed_to_this_user(source: Path) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        os.chmod(root, 0o755)
+        lake = Path(root, "lake")
+        for name in "ab":
+            assert staged("put", source, lake / name, "--mode", "append").exit_code == 0
+        area = lake / "_staged"
+        assert staged("recover", lake, "--recursive").exit_code == 0
+        area.chmod(0o755)
+        for name in "ab":
+            (area / name).chmod(0o700 if os.geteuid() == 0 else 0)
+        with as_nobody():
+            results = [
+                staged("recover", lake, "--recursive"),
+                staged("status", lake / "a"),
+                staged("recover", lake / "a"),
+            ]
+        (area / "a").chmod(0o700)
+        (area / "b").chmod(0o700)
+    assert [result.exit_code for result in results] == [1, 1, 1], "nothing is in doubt"
+    for name in "ab":
+        assert f"Error: {lake / name}: " in results[0].stderr
+
+
+def test_the_command_refuses_a_store_that_is_gone_with_its_process(source: Path) -> None:
+    for words in (("put", source, "memory://x", "--mode", "append"), ("status", "memory://x"), ("gc", "MEMORY://x")):
+        result = staged(*words)
+        assert result.exit_code == 1 and "memory://" in result.stderr and result.stdout == ""
+
+
+def test_output_that_cannot_be_written_is_one_message(source: Path, target: Path) -> None:
+    for words in (
+        ("status", target),
+        ("status", target, "--json"),
+        ("recover", target.parent, "--recursive"),
+        ("put", source, target, "--mode", "full_drop"),
+    ):
+        command = [sys.executable, "-m", "staged", *map(str, words)]
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert ended.returncode == 1
+        assert ended.stderr.count("\n") == 1 and "No space left" in ended.stderr, ended.stderr
+        assert "untouched" not in ended.stderr
+
+
+def test_ctrl_c_beside_the_work_ends_with_130_and_no_traceback(
+    target: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_show", interrupt)
+        result = staged("status", target)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted.\n")
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.__import__", interrupt)
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert ended.value.code == 130
+
+
+def test_a_slip_in_a_path_is_told_from_nothing_to_do(tmp_path: Path) -> None:
+    result = staged("recover", tmp_path / "absent", "--recursive")
+    assert result.exit_code == 2 and "no such directory" in result.stderr
+    assert "nobody has written here" in staged("gc", tmp_path / "absent").stdout
+
+
+def test_the_command_tells_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", {"staged": "1.2.3"}.__getitem__)
+    assert staged("--version").stdout == "staged 1.2.3\n"
+
+
+def test_a_target_whose_control_area_lies_elsewhere_is_served_by_naming_that_place(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    target, where = str(tmp_path / "target"), ["--staging", str(tmp_path / "elsewhere")]
+    put = CliRunner().invoke(commands(), ["put", str(tmp_path / "file"), target, "--mode", "append", *where, "--json"])
+    assert put.exit_code == 0, put.stderr
+    id = json.loads(put.stdout)["id"]
+    for line, found in (
+        (["status", target], '"commits":1'),
+        (["outcome", target, id], '"committed"'),
+        (["recover", target], "{"),
+        (["gc", target], "{"),
+    ):
+        ran = CliRunner().invoke(commands(), [*line, *where, "--json"])
+        assert ran.exit_code == 0, ran.stderr
+        assert found in ran.stdout.replace(" ", "")
+    assert not (tmp_path / "_staged").exists()

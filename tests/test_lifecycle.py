@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import os
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -15,6 +16,7 @@ from typing import Literal
 import aiofiles
 import anyio
 import anyio.lowlevel
+import numpy
 import pytest
 import trio
 import trio.testing
@@ -649,12 +651,28 @@ async def test_observers_hear_everything_in_order_and_one_that_fails_harms_nothi
         {"mode": "append", "meta": {"a": "x" * 20_000}},
         {"mode": "append", "partitions": ["a"]},
         {"mode": "overwrite_partitions", "partitions": ["../a"]},
-        {"mode": "append", "keep_old": -1},
+        {"mode": "overwrite_partitions", "partitions": 5},
+        {"mode": "overwrite_partitions", "partitions": [5]},
+        *({"mode": "append", "keep_old": value} for value in (-1, True, 1.5, "1", None, numpy.True_)),
+        *({"mode": "append", "allow_empty": value} for value in (None, 1, "no", numpy.True_)),
+        *({"mode": "append", "lock_timeout": value} for value in (-1, True, math.nan, "1", None)),
+        *({"mode": "append", "grace": value} for value in (-1, True, math.nan, "1", None)),
     ],
 )
 async def test_a_wrong_option_is_refused_before_anything_is_begun(world: World, options: dict[str, object]) -> None:
     with pytest.raises(InvalidInput):
         world.process().staged_write(**options)  # type: ignore[arg-type]
+
+
+async def test_numbers_and_strings_of_other_libraries_make_records_that_are_read_back(world: World) -> None:
+    store = world.process()
+    key, path = numpy.str_("k"), numpy.str_("a")
+    tx = await store.begin("append", key=key, keep_old=numpy.int64(2), lock_timeout=numpy.float32(9), grace=math.inf)  # type: ignore[arg-type]
+    await tx.write(path, b"1")
+    assert (await world.process().status()).transactions[0].key == "k"
+    await tx.commit()
+    assert await anyio.to_thread.run_sync(world.files) == {"a": b"1"}
+    assert (await store.status()).damaged == ()
 
 
 async def test_a_closed_store_refuses_work(world: World) -> None:

@@ -162,6 +162,37 @@ async def test_a_target_that_is_a_file_or_lies_in_a_control_area_is_refused(tmp_
         open_store(tmp_path, nonsense=1)
 
 
+@pytest.mark.parametrize("name", ["my lake", "100%25", "ö", "a?b#c", "\udcff", "~"])
+async def test_the_file_url_of_a_path_names_that_path(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    assert open_store(target.as_uri()).url == open_store(target.as_uri().replace("file:", "FILE:")).url == str(target)
+    await load(open_store(target.as_uri()), "append", a="1")
+    assert await read(target) == {"a": "1"}
+
+
+@pytest.mark.parametrize("url", ["file:rel", "file:/abs", "file://rel", "file://host/x", "file:x:///y", "FILE:rel"])
+def test_a_file_url_that_names_no_absolute_path_is_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match="absolute"):
+        open_store(url)
+    with pytest.raises(InvalidInput, match="absolute"), pinned(url):
+        pytest.fail("the block was entered")
+
+
+def test_a_directory_is_pinned_under_every_name_that_a_store_opens_it_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "my lake"
+    target.mkdir()
+    for name in (target, str(target), "my lake", "~/my lake", target.as_uri()):
+        with pinned(name) as directory:
+            assert os.path.samefile(directory, target), name
+    for name in ("memory://x", "://x"):
+        with pytest.raises((InvalidInput, Unsupported)), pinned(name):
+            pytest.fail("the block was entered")
+
+
 async def test_every_spelling_of_a_target_shares_one_control_area(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,16 @@ async def test_a_backfill_replaces_its_days_empties_those_without_rows_and_touch
     assert sorted(found) == [(days[0], 0), (days[0], 5), (days[1], 100), (days[3], 300), (days[4], 4), (days[4], 9)]
 
 
+@pytest.mark.anyio
+async def test_a_backfill_of_days_of_which_none_has_rows_empties_them_all(tmp_path: Path) -> None:
+    lake, days = str(tmp_path / "lake"), [date(2026, 11, number) for number in range(1, 4)]
+    events = pl.LazyFrame({"day": days, "n": range(3)})
+    await backfill_days.backfill(lake, days, events)
+    await backfill_days.backfill(lake, days[1:], events.clear())
+    found = await to_thread.run_sync(lambda: pl.read_parquet(lake, hive_partitioning=True).select("day", "n").rows())
+    assert found == [(days[0], 0)]
+
+
 # --------------------------------------------------------------------------------------------------------------- uploads
 
 

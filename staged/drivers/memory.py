@@ -166,8 +166,8 @@ class MemoryDriver(Driver):
         return True
 
     async def list_control(self, prefix: str) -> Sequence[str]:
-        start = self._key("")
-        return sorted(key[len(start) :] for key in self._storage.records if key.startswith(self._key(prefix)))
+        start, wanted = self._key(""), self._key(prefix)
+        return sorted(key[len(start) :] for key in self._storage.records if key.startswith(wanted))
 
     async def delete_control(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -11,10 +11,11 @@ from staged import open_store
 
 async def backfill(lake: str, days: Sequence[date], events: polars.LazyFrame) -> None:
     """Replace the partitions of these days by their events."""
+    partitions = [f"day={day}" for day in days]
     wanted = events.filter(polars.col("day").is_in(days))
     async with (
         open_store(lake) as store,
-        store.staged_write("overwrite_partitions", partitions=[f"day={day}" for day in days]) as tx,
+        store.staged_write("overwrite_partitions", partitions=partitions, allow_empty=True) as tx,
         tx.dir() as directory,
     ):
         by_day = polars.PartitionBy(directory, key="day", include_key=False)
