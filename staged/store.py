@@ -7,6 +7,7 @@ import inspect
 import operator
 import os
 import platform
+import re
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
