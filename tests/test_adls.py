@@ -79,7 +79,7 @@ class AdlsHarness(Harness):
 
     async def leftovers(self) -> list[str]:
         names = self.server.namespace.paths(self.filesystem)
-        kept = ("staging/", "old/", "probe")
+        kept = ("staging/", "old/")
         return [name for name in names if name.startswith(tuple(f"{self.control}{kind}" for kind in kept))]
 
 

@@ -7,6 +7,8 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from datetime import timedelta
+from pathlib import Path
 
 import anyio
 import anyio.lowlevel
@@ -16,7 +18,8 @@ from azure.storage.filedatalake.aio import DataLakeServiceClient
 from dfs import DfsServer, Plan
 from test_adls import AdlsHarness
 
-from staged import InvalidInput, StagedError, Unsupported, open_store
+from staged import CommitBlocked, CommitIncomplete, Conflict, InvalidInput, StagedError, Unsupported, open_store
+from staged.drivers._azure import in_trio
 from staged.drivers._cloud import Limit, Refused
 from staged.drivers.adls import AdlsDriver
 from staged.drivers.onelake import OneLakeDriver
@@ -195,11 +198,10 @@ async def test_readers_find_the_old_tree_or_the_new_one_or_between_two_requests_
         server.log.clear()
         await Work(Mode.FULL_DROP, tuple((f"g{n}", b"new") for n in range(20)))(store)
     verbs = [(line.verb if line.status < 400 else "refused", line.path) for line in server.log]
-    renames = [number for number, (verb, _) in enumerate(verbs) if verb == "rename"]
-    # The second rename is the very next request after the first.
-    assert len(renames) == 2
-    assert renames[1] == renames[0] + 1
-    assert verbs[renames[1]] == ("rename", reader)
+    _, first, second = [number for number, (verb, _) in enumerate(verbs) if verb == "rename"]
+    # After that of sealing there are two, and the second is the very next request after the first.
+    assert second == first + 1
+    assert verbs[second] == ("rename", reader)
 
     seen: set[str] = set()
     async with open_store(harness.process()) as store, anyio.create_task_group() as tasks:
@@ -234,8 +236,8 @@ async def test_a_strangers_tree_that_comes_into_the_gap_of_a_swap_is_kept_aside(
         await tx.prepare()
         driver = harness.process()
         trees = await driver.trees(tx.id)
-        server.namespace.create(harness.filesystem, f"{harness.control}old", directory=True)
-        aside = f"{harness.control}old/1"
+        server.namespace.create(harness.filesystem, f"{harness.control}old/1", directory=True)
+        aside = f"{harness.control}old/1/tree"
         server.namespace.rename((harness.filesystem, harness.path), (harness.filesystem, aside))
         await harness.put("stranger", b"mine")
         assert await driver.swap(tx.id, trees, "1") == "done"
@@ -322,14 +324,20 @@ def logged() -> Iterator[io.StringIO]:
 @pytest.mark.anyio
 @pytest.mark.parametrize("given", ["credential", "url", "object"])
 async def test_no_signature_is_shown_logged_or_kept(
-    given: str, server: DfsServer, logged: io.StringIO, figure: Figure, anyio_backend: str
+    given: str,
+    server: DfsServer,
+    logged: io.StringIO,
+    figure: Figure,
+    anyio_backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server.namespace.create_filesystem("fs")
     sas = f"sv=2024-01-01&sig={CANARY}"
     url = f"{server.url}/fs/lake/t" + (f"?{sas}" if given == "url" else "")
     credential = {"credential": sas, "object": AzureSasCredential(sas), "url": None}[given]
     driver = AdlsDriver(url, credential=credential)
-    said: list[str] = [repr(driver), driver.url]
+    monkeypatch.setattr("staged.drivers._cloud.PATIENCE", 0.3)
+    said: list[str] = [repr(driver), driver.url, repr(driver._location)]
     async with open_store(driver) as store:
         said.append(repr(store))
         for plan in ("", " ".join(f"fails@{n}" for n in range(2_000)), " ".join(f"cuts@{n}" for n in range(2_000))):
@@ -350,3 +358,105 @@ async def test_no_signature_is_shown_logged_or_kept(
     figure(f"canaries on the wire, {given}, {anyio_backend}", f"{sum(map(len, texts)):,} characters, 0 leaks")
     assert any(line.auth == "sas" for line in server.log), "it was never sent"
     assert [text for text in texts if CANARY in text] == []
+
+
+# ------------------------------------------------------------------------------------------------ late and refused requests
+
+
+@pytest.mark.anyio
+async def test_a_write_that_lands_after_sealing_is_in_no_commit(server: DfsServer) -> None:
+    """It was given up, and its request came through all the same."""
+    for mode in ("append", "full_drop"):
+        harness = AdlsHarness(server, period=30.0)
+        async with open_store(harness.process()) as store:
+            tx = await store.begin(mode)
+            await tx.write("good", b"1")
+            await tx.prepare()
+            for late in ("good", "late"):
+                name = f"{harness.control}staging/{tx.id}/tree/{late}"
+                server.namespace.put_block(harness.filesystem, name, "a", b"late")
+                server.namespace.put_block_list(harness.filesystem, name, ["a"])
+            await tx.commit()
+            assert harness.content() == {"good": b"1"}
+        assert await harness.leftovers() == []
+
+
+@pytest.mark.anyio
+async def test_a_full_drop_carries_no_target_away_that_was_begun_below_meanwhile(server: DfsServer) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    await harness.put("old", b"old")
+    async with open_store(harness.process()) as store:
+        tx = await store.begin("full_drop")
+        await tx.write("new", b"new")
+        await tx.prepare()
+        driver = harness.process()
+        trees = await driver.trees(tx.id)
+        await Work(Mode.APPEND, (("x", b"x"),))(store.child("below"))
+        assert await driver.swap(tx.id, trees, "1") == "foreign"
+        await tx.rollback()
+    assert harness.content() == {"old": b"old", "below/x": b"x"}
+    await harness.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_whole_file_system_is_not_replaced_while_a_target_lies_in_it(server: DfsServer) -> None:
+    harness = AdlsHarness(server, "", period=30.0)
+    async with open_store(harness.process()) as store:
+        await Work(Mode.APPEND, (("x", b"x"),))(store.child("t"))
+        with pytest.raises(Conflict):
+            await Work(Mode.FULL_DROP, (("y", b"y"),))(store)
+    assert harness.content() == {"t/x": b"x"}
+
+
+@pytest.mark.anyio
+async def test_what_is_leased_is_neither_taken_for_a_strangers_nor_left_out(server: DfsServer) -> None:
+    harness = AdlsHarness(server, period=0.2)
+    await harness.put("p=0/old", b"old")
+    async with DataLakeServiceClient(server.url, credential=KEY, retry_total=0, **transport_of()) as client:
+        lease = await client.get_file_client(harness.filesystem, f"{harness.path}/p=0/old").acquire_lease(60)
+        async with open_store(harness.process()) as store:
+            with pytest.raises(CommitIncomplete, match="LeaseIdMissing") as raised:
+                await Work(Mode.OVERWRITE_PARTITIONS, (("p=0/new", b"new"),))(store)
+            assert not isinstance(raised.value, CommitBlocked)
+            await lease.release()
+            await store.recover()
+    assert harness.content() == {"p=0/new": b"new"}
+
+
+def transport_of() -> dict[str, object]:
+    """What a client of the test's own needs on this event loop."""
+    if not in_trio():
+        return {}
+    from azure.core.pipeline.transport import TrioRequestsTransport
+
+    return {"transport": TrioRequestsTransport()}
+
+
+@pytest.mark.anyio
+async def test_a_tree_put_aside_is_as_old_as_its_commit() -> None:
+    clock = [1_000_000_000.0]
+    with DfsServer(now=lambda: clock[0]) as server:
+        harness = AdlsHarness(server, period=30.0)
+        async with open_store(harness.process()) as store:
+            await Work(Mode.FULL_DROP, (("a", b"1"),))(store)
+            clock[0] += 30 * 86_400
+            await Work(Mode.FULL_DROP, (("b", b"1"),))(store)
+            clock[0] += 60
+            await store.gc(older_than=timedelta(days=7))
+            assert [name for name in await harness.leftovers() if name.endswith("/a")] != []
+            await store.gc(older_than=timedelta(0))
+            assert await harness.leftovers() == []
+
+
+@pytest.mark.anyio
+async def test_an_overwrite_that_failed_leaves_its_path_to_be_written_again(server: DfsServer, tmp_path: Path) -> None:
+    harness = AdlsHarness(server, period=30.0)
+    async with open_store(harness.process()) as store, store.staged_write("append") as tx:
+        await tx.write("a", b"1")
+        with pytest.raises(StagedError):
+            async with tx.dir(overwrite=True) as local:
+                await anyio.Path(local, "a").write_bytes(b"2")
+                await anyio.Path(local, "con").write_bytes(b"2")  # a name that is refused
+        await tx.write("a", b"3", overwrite=True)
+        await tx.write("a", b"4", overwrite=True)
+    assert harness.content() == {"a": b"4"}

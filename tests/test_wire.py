@@ -23,7 +23,7 @@ SOAK = int(os.environ.get("STAGED_SOAK", "1"))
 
 PRIOR: Files = {"p=0/f0": b"old", "p=1/f1": b"old", "old": b"3"}
 WORKS = [
-    Work(Mode.APPEND, (("p=0/new", b"ours"), ("q=0/new", b"ours"), ("top", b"ours")), key="key"),
+    Work(Mode.APPEND, (("p=0/new", b"ours"), ("q=0/new", b"ours"), ("large", bytes(2 << 20))), key="key"),
     Work(Mode.OVERWRITE_FILES, (("p=0/f0", b"ours"), ("new", b"ours")), deletes=("old",)),
     Work(Mode.OVERWRITE_PARTITIONS, (("p=0/f0", b"ours"), ("p=2/f2", b"ours"))),
     Work(Mode.FULL_DROP, (("p=0/f0", b"ours"), ("top", b"ours"))),

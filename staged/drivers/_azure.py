@@ -6,7 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -38,7 +38,7 @@ class Location:
     account: str
     container: str
     path: str
-    sas: str | None
+    sas: str | None = field(repr=False)
 
     @classmethod
     def parse(cls, url: str) -> Location:

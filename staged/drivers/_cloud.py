@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
 
 from staged.errors import StorageError
 
@@ -20,8 +20,11 @@ __all__ = ["Limit", "Refused", "at_once", "mapped"]
 S = TypeVar("S")
 T = TypeVar("T")
 
-_ATTEMPTS = 6
-_LONGER = wait_random_exponential(multiplier=0.1, max=5.0)
+PATIENCE = 12.0
+"""Seconds for which a request is made again: less than what the core allows for one."""
+_LONGEST = 5.0
+"""Seconds that one pause takes at most, whatever the service asks for."""
+_LONGER = wait_random_exponential(multiplier=0.1, max=_LONGEST)
 _TOO_MANY = frozenset({429, 503})
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -71,7 +74,7 @@ class Limit:
         retrying = AsyncRetrying(
             sleep=anyio.sleep,
             retry=retry_if_exception(lambda error: isinstance(error, Refused) and error.passing),
-            stop=stop_after_attempt(_ATTEMPTS),
+            stop=stop_after_delay(PATIENCE),
             wait=_wait,
             reraise=True,
         )
@@ -89,7 +92,7 @@ class Limit:
                 answer = await request()
             except Refused as error:
                 if error.status in _TOO_MANY:
-                    self._shrink(sent, error.retry_after or 0.0)
+                    self._shrink(sent, min(_LONGEST, error.retry_after or 0.0))
                 raise
             self._set(min(float(self.most), self._now + 1 / self._now))
         return answer
@@ -120,10 +123,10 @@ class _Slot:
 
 
 def _wait(state: RetryCallState) -> float:
-    """As long as the service asked for, or ever longer."""
+    """At least as long as the service asked for, and ever longer."""
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, Refused) else None
-    return _LONGER(state) if asked is None else asked
+    return min(_LONGEST, max(_LONGER(state), asked or 0.0))
 
 
 @contextmanager

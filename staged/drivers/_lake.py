@@ -22,6 +22,7 @@ from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClie
 
 from staged.drivers._azure import Closable, Location, Requests, bare, client_options, default_credential, in_trio, of
 from staged.drivers._cloud import Limit, Refused
+from staged.errors import StagedError, StorageError
 from staged.model import Listed
 
 if TYPE_CHECKING:
@@ -29,12 +30,14 @@ if TYPE_CHECKING:
 
     from staged.drivers._azure import Credential
 
-__all__ = ["MISSED", "Lake"]
+__all__ = ["MISSED", "Lake", "block_id"]
 
 T = TypeVar("T")
 
 MISSED = frozenset((404, 409, 412))
 """What is answered where something is not, or not as, the condition said."""
+_CONDITIONS = frozenset(("ConditionNotMet", "BlobAlreadyExists", "PathAlreadyExists", "BlobNotFound"))
+"""Codes that say that a condition of a write was not met."""
 _SMALL = 1 << 20
 """Bytes up to which a blob is written by one request."""
 _PAGE = 5_000
@@ -67,9 +70,21 @@ class Lake:
         self._requests = Requests(self.limit)
         self._opening = anyio.Lock()
         self._opened: _Clients | None = None
+        self._closed = False
         self._services: list[Closable] = []
 
     async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+        try:
+            return await self._send_open(what, request)
+        except Exception as error:
+            if self._closed and not isinstance(error, StagedError):
+                # A client that was closed meanwhile raises whatever it happens to stumble over.
+                raise StorageError(f"{what}: the store was closed.") from None
+            raise
+
+    async def _send_open(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+        if self._closed:
+            raise StorageError(f"{what}: the store is closed.")
         async with self._opening:
             if self._opened is None:
                 # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
@@ -93,6 +108,7 @@ class Lake:
         return _Clients(names.get_file_system_client(container), blobs.get_container_client(container))
 
     async def aclose(self) -> None:
+        self._closed = True
         services, self._services, self._opened = self._services, [], None
         for service in services:
             await service.close()
@@ -114,20 +130,61 @@ class Lake:
 
         return await _unless_missing(self._send(f"reading {name!r}", get))
 
-    async def put(self, name: str, body: bytes, write: str = "", *, replaces: str | None) -> str:
-        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag."""
+    async def put(self, name: str, body: bytes, *, replaces: str | None) -> str | None:
+        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag, or None where another is
+        there. That may come of an earlier sending of the same."""
+        try:
+            return await self._put(name, body, "", replaces)
+        except Refused as error:
+            if error.code in _CONDITIONS:
+                return None
+            raise
+
+    async def write(self, name: str, content: bytes | Sequence[str], write: str) -> str:
+        """Write a blob over whatever an earlier write of ours left there, of these bytes or of blocks that were sent; its ETag.
+
+        Args:
+            write: By which it is told which of several sendings was applied; nobody else writes to that name.
+        """
+        replaces: str | None = None
+        while True:
+            try:
+                if isinstance(content, bytes):
+                    return await self._put(name, content, write, replaces)
+                return await self._put_blocks(name, content, write, replaces)
+            except Refused as error:
+                # Blocks that were put together by an earlier sending are no longer to be had.
+                if error.code not in (*_CONDITIONS, "InvalidBlockList"):
+                    raise
+                if (there := await self.head(name, write=write)) is not None:
+                    return there.identity
+                there = await self.head(name)
+                if error.code == "InvalidBlockList" or (there.identity if there else None) == replaces:
+                    raise
+                replaces = there.identity if there is not None else None
+
+    async def _put(self, name: str, body: bytes, write: str, replaces: str | None) -> str:
         if len(body) > _SMALL:
             # The transport would hold the event loop up with so much in one piece.
-            await self.stage_block(name, block := token_hex(12), body)
-            return await self.put_blocks(name, [block], write, replaces=replaces)
+            await self.stage_block(name, block := block_id(token_hex(12), 0), body)
+            return await self._put_blocks(name, [block], write, replaces)
 
-        async def put(to: _Clients) -> Mapping[str, Any]:
+        async def put(to: _Clients) -> str:
             blob = to.blobs.get_blob_client(name)
-            return await blob.upload_blob(
+            done = await blob.upload_blob(
                 body, length=len(body), overwrite=True, metadata=_said(write), **_if(replaces)
             )
+            return bare(str(done["etag"]))
 
-        return await self._written(name, write, put)
+        return await self._send(f"writing {name!r}", put)
+
+    async def _put_blocks(self, name: str, blocks: Sequence[str], write: str, replaces: str | None) -> str:
+        async def put(to: _Clients) -> str:
+            blob = to.blobs.get_blob_client(name)
+            done = await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
+            return bare(str(done["etag"]))
+
+        return await self._send(f"writing {name!r}", put)
 
     async def stage_block(self, name: str, block: str, body: bytes) -> None:
         """Send a block that shows nowhere until it is put together with others."""
@@ -136,26 +193,6 @@ class Lake:
             await to.blobs.get_blob_client(name).stage_block(block, io.BytesIO(body), length=len(body))
 
         await self._send(f"writing {name!r}", stage)
-
-    async def put_blocks(self, name: str, blocks: Sequence[str], write: str = "", *, replaces: str | None) -> str:
-        """Make a blob of blocks, under the same conditions as `put`."""
-
-        async def put(to: _Clients) -> Mapping[str, Any]:
-            blob = to.blobs.get_blob_client(name)
-            return await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
-
-        return await self._written(name, write, put)
-
-    async def _written(self, name: str, write: str, put: Callable[[_Clients], Awaitable[Mapping[str, Any]]]) -> str:
-        try:
-            return bare((await self._send(f"writing {name!r}", put))["etag"])
-        except Refused as error:
-            if not write or error.status not in (409, 412):
-                raise
-            # An earlier sending may have done it; the write's id tells.
-            if (there := await self.head(name, write=write)) is None:
-                raise
-            return there.identity
 
     async def head(self, name: str, *, write: str | None = None) -> Listed | None:
         """A file or a directory by name; None where there is none, or none of that write."""
@@ -264,6 +301,11 @@ async def _unless_missing(request: Awaitable[T]) -> T | None:
         if error.status != 404:
             raise
         return None
+
+
+def block_id(write: str, number: int) -> str:
+    """Of one length for all that is ever written to a name, as the service asks."""
+    return f"{write}{number:08d}"
 
 
 def _said(write: str) -> dict[str, str] | None:

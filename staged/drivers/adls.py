@@ -5,8 +5,9 @@ the Data Lake API, where one request renames a file or a tree. A rename keeps th
 of the staged tree, tells for ever whether it was published, however often a request was sent and whatever was answered.
 
     <parent>/_staged/<name>/head, tx/<id>.record, log/…, outcome/…   records and segments, one blob each
-    <parent>/_staged/<name>/staging/<id>/tree/…                      what a transaction staged
-    <parent>/_staged/<name>/old/…                                    trees that were swapped out
+    <parent>/_staged/<name>/staging/<id>/tree/…                      what a transaction stages
+    <parent>/_staged/<name>/staging/<id>/sealed/…                    the same once it is sealed
+    <parent>/_staged/<name>/old/<commit>/tree/…                      trees that were swapped out
     <parent>/_staged/<name>/foreign/…                                what a stranger put into the gap of a swap
 """
 
@@ -25,7 +26,7 @@ from azure.storage.filedatalake.aio import DataLakeServiceClient
 from staged.driver import Driver, LogHandle, Record
 from staged.drivers._azure import Location
 from staged.drivers._cloud import Refused, at_once, mapped
-from staged.drivers._lake import MISSED, Lake
+from staged.drivers._lake import MISSED, Lake, block_id
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, join
@@ -87,7 +88,7 @@ class AdlsDriver(Driver):
         above, _, name = path.rpartition("/")
         self._inside = not self._can_be_renamed(path)
         self._control = join(path, f"{RESERVED}/{RESERVED}") if self._inside else join(above, f"{RESERVED}/{name}")
-        self._written: dict[tuple[str, str], str] = {}
+        self._sealed: set[str] = set()
 
     def _can_be_renamed(self, path: str) -> bool:
         return bool(path)
@@ -142,12 +143,7 @@ class AdlsDriver(Driver):
 
     async def cas(self, key: str, body: bytes, token: str | None, *, durable: bool) -> str | None:
         with mapped():
-            try:
-                return await self._lake.put(self._key(key), body, replaces=token)
-            except Refused as error:
-                if error.status in MISSED:
-                    return None
-                raise
+            return await self._lake.put(self._key(key), body, replaces=token)
 
     async def put_segment(self, key: str, body: bytes) -> bool:
         return await self.cas(key, body, None, durable=False) is not None
@@ -179,17 +175,23 @@ class AdlsDriver(Driver):
 
     # ----------------------------------------------------------------------------------------------------------- staging
 
-    def _tree(self, tx: str) -> str:
-        return f"{self._control}/{STAGING}/{tx}/tree"
+    def _tree(self, tx: str, *, sealed: bool) -> str:
+        # What is sealed lies elsewhere than what is written: a request that comes late finds no name that counts.
+        return f"{self._control}/{STAGING}/{tx}/{'sealed' if sealed else 'tree'}"
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
         # What is staged is found by its place: nothing is to be logged.
         return _Writer(self, tx, path)
 
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
-        left = {join(self._tree(tx), entry.path): entry for entry in entries}
+        tree, sealed = self._tree(tx, sealed=False), self._tree(tx, sealed=True)
+        left = {join(sealed, entry.path): entry for entry in entries}
         with mapped():
-            async with aclosing(self._lake.pages(self._tree(tx))) as pages:
+            there = await self._lake.head(tree)
+            if there is not None:
+                await self._try_rename(tree, there.identity, sealed)
+            self._sealed.add(tx)
+            async with aclosing(self._lake.pages(sealed)) as pages:
                 staged = [found async for page in pages for found in page if not found.is_dir]
         for found in staged:
             entry = left.pop(found.path, None)
@@ -202,8 +204,10 @@ class AdlsDriver(Driver):
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         if not whole:
-            await self._delete_all([f"{self._control}/{handle}" for handle in handles])
+            tree = self._tree(tx, sealed=tx in self._sealed)
+            await self._delete_all([join(tree, handle) for handle in handles])
             return
+        self._sealed.discard(tx)
         with mapped():
             await self._lake.delete_tree(f"{self._control}/{STAGING}/{tx}")
 
@@ -246,41 +250,50 @@ class AdlsDriver(Driver):
         return replace(listed, path=listed.path[len(self._path) + 1 if self._path else 0 :])
 
     def _is_ours(self, path: str) -> bool:
-        return self._inside and f"{path}/".startswith(f"{join(self._path, RESERVED)}/")
+        # The control areas of other targets below lie beside ours, and are not.
+        return self._inside and (path == join(self._path, RESERVED) or f"{path}/".startswith(f"{self._control}/"))
 
     async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         made: set[str] = set()
+        self._sealed.add(tx)
 
         async def publish(entry: Entry) -> Answer:
-            source, goal = f"{self._control}/{entry.handle}", join(self._path, entry.path)
+            source, goal = join(self._tree(tx, sealed=True), entry.handle), join(self._path, entry.path)
+            replaced = replaces.get(entry.path)
             try:
-                await self._lake.rename(source, entry.identity, goal, replaces.get(entry.path), made)
+                await self._lake.rename(source, entry.identity, goal, replaced, made)
+                return Answer.DONE
             except Refused as error:
                 if error.status not in MISSED:
                     raise
-                # Whatever was answered, and to which of several sendings: where it lies now is what counts.
-                return await self._found(source, goal, entry.identity)
-            return Answer.DONE
+                refused = error
+            # Whatever was answered, and to which of several sendings: where things lie now is what counts.
+            there = await self._lake.head(goal)
+            if there is not None and there.identity == entry.identity:
+                return Answer.ALREADY
+            staged = await self._lake.head(source)
+            if staged is None or staged.identity != entry.identity:
+                return Answer.LOST
+            if there is not None and there.identity != replaced:
+                return Answer.FOREIGN
+            raise refused  # for another reason, such as a lease
 
         with mapped():
             return await self._at_once(entries, publish)
 
-    async def _found(self, source: str, goal: str, identity: str) -> Answer:
-        there = await self._lake.head(goal)
-        if there is not None and there.identity == identity:
-            return Answer.ALREADY
-        staged = await self._lake.head(source)
-        return Answer.FOREIGN if staged is not None and staged.identity == identity else Answer.LOST
-
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         async def remove(entry: Listed) -> Answer:
+            name = join(self._path, entry.path)
             try:
-                gone = await self._lake.delete(join(self._path, entry.path), entry.identity)
+                return Answer.DONE if await self._lake.delete(name, entry.identity) else Answer.ALREADY
             except Refused as error:
                 if error.status not in MISSED:
                     raise
-                return Answer.FOREIGN
-            return Answer.DONE if gone else Answer.ALREADY
+                refused = error
+            there = await self._lake.head(name)
+            if there is not None and there.identity == entry.identity:
+                raise refused  # for another reason, such as a lease
+            return Answer.ALREADY if there is None else Answer.FOREIGN
 
         with mapped():
             return await self._at_once(entries, remove)
@@ -288,25 +301,32 @@ class AdlsDriver(Driver):
     # --------------------------------------------------------------------------------------------------------- tree swap
 
     async def trees(self, tx: str) -> Trees:
+        sealed = self._tree(tx, sealed=True)
         with mapped():
             # There is none yet where nothing was staged.
-            await self._lake.make_directory(self._tree(tx))
-            new, target = await self._lake.head(self._tree(tx)), await self._lake.head(self._path)
-            if target is not None:
-                async with aclosing(self._lake.pages(self._path)) as pages:
-                    async for page in pages:
-                        for found in map(self._below, page):
-                            if RESERVED in found.path.split("/"):
-                                raise Conflict.covering(found.path)
+            await self._lake.make_directory(sealed)
+            new, target = await self._lake.head(sealed), await self._lake.head(self._path)
+            if target is not None and (nested := await self._nested()) is not None:
+                raise Conflict.covering(nested)
         if new is None:
             raise StorageError(f"The staging of transaction {tx} is gone.")
         return Trees(new.identity, None if target is None else target.identity)
 
+    async def _nested(self) -> str | None:
+        """Something in the control area of another target below, if there is one."""
+        async with aclosing(self._lake.pages(self._path)) as pages:
+            async for page in pages:
+                for found in map(self._below, page):
+                    if RESERVED in found.path.split("/"):
+                        return found.path
+        return None
+
     async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
-        tree, answer = self._tree(tx), Answer.ALREADY
+        sealed, answer = self._tree(tx, sealed=True), Answer.ALREADY
+        refused: Refused | None = None
         with mapped():
             for _ in range(_TRIES):
-                target, staged = await self._lake.head(self._path), await self._lake.head(tree)
+                target, staged = await self._lake.head(self._path), await self._lake.head(sealed)
                 if target is not None and target.identity == trees.new:
                     return answer
                 if staged is None or staged.identity != trees.new:
@@ -315,16 +335,22 @@ class AdlsDriver(Driver):
                     aside = await self._aside(target, trees, old)
                     if aside is None:
                         return Answer.FOREIGN
-                    await self._try_rename(self._path, target.identity, aside)
+                    refused = await self._try_rename(self._path, target.identity, aside)
                 # Nothing between the two renames: readers find no target meanwhile.
-                await self._try_rename(tree, trees.new, self._path)
+                refused = await self._try_rename(sealed, trees.new, self._path) or refused
                 answer = Answer.DONE
+            if refused is not None:
+                raise refused
         return Answer.FOREIGN
 
     async def _aside(self, target: Listed, trees: Trees, old: str) -> str | None:
         """Where to put what is in the target's place; None where it was not to be replaced."""
-        aside = f"{self._control}/old/{old}"
+        # In a directory made for it, whose age is that of the swap: a tree keeps its own.
+        aside = f"{self._control}/old/{old}/tree"
         if target.identity == trees.target:
+            if await self._nested() is not None:
+                return None  # a target that was begun below since the plan was made would be carried away
+            await self._lake.make_directory(f"{self._control}/old/{old}")
             return aside
         moved = await self._lake.head(aside)
         if moved is None or moved.identity != trees.target:
@@ -334,13 +360,15 @@ class AdlsDriver(Driver):
         _log.warning("Something foreign came to %s during a commit; it is kept at %s.", self.url, foreign)
         return foreign
 
-    async def _try_rename(self, source: str, identity: str, goal: str) -> None:
-        """Rename, whatever is answered: the caller looks where things are."""
+    async def _try_rename(self, source: str, identity: str, goal: str) -> Refused | None:
+        """Rename, and return what was answered instead, if anything: the caller looks where things are."""
         try:
             await self._lake.rename(source, identity, goal, None, set())
         except Refused as error:
             if error.status not in MISSED:
                 raise
+            return error
+        return None
 
     async def trim(self, keep: int, older_than: float) -> int:
         with mapped():
@@ -354,15 +382,16 @@ class AdlsDriver(Driver):
             await self._at_once(doomed, self._lake.delete_tree)
         return len(doomed)
 
+    async def _forget_probes(self, older_than: float) -> None:
+        """Delete what probing left; see `OneLakeDriver`."""
+
 
 class _Writer:
     """Writes one staged file: in one request where it is small, else in blocks of which nothing shows until the last one."""
 
     def __init__(self, driver: AdlsDriver, tx: str, path: str) -> None:
-        self._driver, self._path, self._key = driver, path, (tx, path)
-        self._lake = driver._lake
-        self._handle = f"{STAGING}/{tx}/tree/{path}"
-        self._name = f"{driver._control}/{self._handle}"
+        self._lake, self._path = driver._lake, path
+        self._name = join(driver._tree(tx, sealed=False), path)
         self._id = token_hex(12)
         self._data = bytearray()
         self._blocks: list[str] = []
@@ -380,7 +409,7 @@ class _Writer:
         bodies = [bytes(self._data[at * _BLOCK : (at + 1) * _BLOCK]) for at in range(count)]
         del self._data[: count * _BLOCK]
         first = len(self._blocks)
-        self._blocks += [f"{self._id}{first + number:08d}" for number in range(count)]
+        self._blocks += [block_id(self._id, first + number) for number in range(count)]
         with mapped():
             await at_once(
                 list(zip(self._blocks[first:], bodies, strict=True)),
@@ -392,14 +421,10 @@ class _Writer:
         if self._blocks and self._data:
             await self._send(1)
         self._sent = True
-        earlier = self._driver._written.get(self._key)
         with mapped():
-            if self._blocks:
-                identity = await self._lake.put_blocks(self._name, self._blocks, self._id, replaces=earlier)
-            else:
-                identity = await self._lake.put(self._name, bytes(self._data), self._id, replaces=earlier)
-        self._driver._written[self._key] = identity
-        return Entry(self._path, self._size, identity, self._handle)
+            identity = await self._lake.write(self._name, self._blocks or bytes(self._data), self._id)
+        # Found again by its path, in whichever tree its transaction is.
+        return Entry(self._path, self._size, identity, self._path)
 
     async def abort(self) -> None:
         # Blocks that were never put together are nowhere to be seen, and expire.

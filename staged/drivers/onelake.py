@@ -15,12 +15,14 @@ from types import MappingProxyType
 from typing import Any
 
 from staged.drivers._cloud import Refused, mapped
-from staged.drivers.adls import STAGING, AdlsDriver
+from staged.drivers.adls import AdlsDriver
 from staged.errors import Unsupported
 from staged.model import Capabilities
 
 __all__ = ["OneLakeDriver"]
 
+_PROBES = "probe"
+"""Where in the control area it is tried what the service does."""
 _MANAGED = 2
 """Levels that Fabric manages: the item, and its folders such as `Files` and `Tables`."""
 
@@ -51,36 +53,59 @@ class OneLakeDriver(AdlsDriver):
 
     async def probe(self) -> Capabilities:
         found = await super().probe()
+        place = f"{self._control}/{_PROBES}/{token_hex(12)}"
         with mapped():
-            honoured = await self._honours_conditions()
+            try:
+                if not await self._renames_keep_etags(place):
+                    raise Unsupported(f"{self.url} gives what is renamed another ETag: nothing could be told by it.")
+                honoured = await self._honours_conditions(place)
+            finally:
+                await self._lake.delete_tree(place)
         if honoured:
             return found
         weaker = {mode: given - {"serialised", "fenced"} for mode, given in found.guarantees.items()}
         return replace(found, guarantees=weaker)
 
-    async def _honours_conditions(self) -> bool:
+    async def _renames_keep_etags(self, place: str) -> bool:
+        """Whether a file and a directory are known again after a rename."""
+        await self._lake.write(f"{place}/old/file", b"1", token_hex(12))
+        await self._lake.make_directory(f"{place}/new")
+        for name in ("old/file", "old"):
+            before = await self._lake.head(f"{place}/{name}")
+            goal = f"{place}/new/{name.partition('/')[2] or 'directory'}"
+            if before is None:
+                return False
+            await self._lake.rename(f"{place}/{name}", before.identity, goal, None, set())
+            after = await self._lake.head(goal)
+            if after is None or after.identity != before.identity:
+                return False
+        return True
+
+    async def _honours_conditions(self, place: str) -> bool:
         """Try each kind of condition that a commit rests on, over files of its own."""
-        # Under a name like a transaction's: what a crash leaves of it is collected like staging.
-        place = f"{self._control}/{STAGING}/{token_hex(12)}"
-        one, other = f"{place}/one", f"{place}/other"
-        lake = self._lake
-        first, second = [await lake.put(name, b"1", token_hex(12), replaces=None) for name in (one, other)]
+        one, other, lake = f"{place}/one", f"{place}/other", self._lake
+        first, second = [await lake.write(name, b"1", token_hex(12)) for name in (one, other)]
+        if await lake.put(one, b"2", replaces=None) or await lake.put(one, b"2", replaces=second):
+            return False
         tries: list[Callable[[], Awaitable[object]]] = [
-            lambda: lake.put(one, b"2", replaces=None),
-            lambda: lake.put(one, b"2", replaces=second),
             lambda: lake.rename(one, first, other, None, set()),
+            lambda: lake.rename(one, first, other, first, set()),
             lambda: lake.rename(one, second, f"{place}/moved", None, set()),
             lambda: lake.delete(one, second),
         ]
-        try:
-            for attempt in tries:
-                try:
-                    await attempt()
-                except Refused as error:
-                    if error.status not in (409, 412):
-                        raise
-                else:
-                    return False
-            return True
-        finally:
-            await lake.delete_tree(place)
+        for attempt in tries:
+            try:
+                await attempt()
+            except Refused as error:
+                if error.status not in (409, 412):
+                    raise
+            else:
+                return False
+        return True
+
+    async def _forget_probes(self, older_than: float) -> None:
+        # One that runs just now takes seconds.
+        for name in await self._names(f"{self._control}/{_PROBES}", trees=True):
+            probe = f"{self._control}/{_PROBES}/{name}"
+            if (await self._lake.age(probe) or 0.0) >= max(older_than, 60.0):
+                await self._lake.delete_tree(probe)

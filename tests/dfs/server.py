@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from email.utils import formatdate
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote
@@ -158,7 +159,9 @@ class DfsServer:
         self._log(verb, request, answer.status, note)
         if fault is not None and fault.kind == "lags":
             await asyncio.sleep(fault.amount / 1000)
-        return _Response(answer)
+        response = _Response(answer)
+        response.headers["Date"] = formatdate(self.namespace.now(), usegmt=True)
+        return response
 
     async def _befallen(self, fault: Fault | None, number: int, request: Request) -> Answer | None:
         """The answer of a request under a fault; None cuts the connection."""
