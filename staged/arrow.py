@@ -64,8 +64,7 @@ class ParquetWriter:
                 types than the schema's are cast where that loses nothing.
 
         Raises:
-            InvalidInput: It is not a table.
-            ValueError: It does not fit the schema.
+            InvalidInput: It is not a table, or does not fit the schema.
             WrongState: The block was left.
             StagingError: An earlier write failed.
         """
@@ -87,19 +86,27 @@ class ParquetWriter:
                 raise WrongState(f"{self._path!r} is not open.")
             # A reader of pyarrow's own raises its source's errors as they are.
             own = isinstance(data, pyarrow.Table | pyarrow.RecordBatchReader)
-            source: Any = data if own else pyarrow.RecordBatchReader.from_stream(data)
+            source: Any = data if own else _reader(data)
             if self._schema is None:
                 self._schema = source.schema
-            elif not source.schema.equals(self._schema):
-                source = source.cast(self._schema)
+            fits = source.schema.equals(self._schema)
+            if not fits:
+                self._cast(source.schema.empty_table())  # also where there is no batch
             file = self._opened()
             if isinstance(source, pyarrow.Table):
-                file.write_table(source)
+                file.write_table(source if fits else self._cast(source))
                 self._rows += source.num_rows
                 return
             for batch in source:
-                file.write_batch(batch)
+                file.write_batch(batch if fits else self._cast(batch))
                 self._rows += batch.num_rows
+
+    def _cast(self, data: Any) -> Any:
+        """The rows of a table or a batch, by the schema."""
+        try:
+            return data.cast(self._schema)
+        except (ValueError, pyarrow.ArrowException) as error:
+            raise InvalidInput(f"The rows do not fit the schema of {self._path!r}: {error}") from error
 
     def _opened(self) -> pyarrow.parquet.ParquetWriter:
         if self._file is None:
@@ -143,7 +150,17 @@ async def parquet_writer(
 
 def _check_table(data: object) -> None:
     if not hasattr(data, "__arrow_c_stream__"):
-        raise InvalidInput(f"{type(data).__name__} is not a table: it has no __arrow_c_stream__.")
+        collect = " Call .collect() on it, and pass what that returns." if hasattr(data, "collect") else ""
+        raise InvalidInput(f"{type(data).__name__} is not a table: it has no __arrow_c_stream__.{collect}")
+
+
+def _reader(data: object) -> pyarrow.RecordBatchReader:
+    try:
+        return pyarrow.RecordBatchReader.from_stream(data)
+    except pyarrow.ArrowInvalid as error:
+        raise InvalidInput(
+            f"{type(data).__name__} is not read as a table: {error}. Pass a table, not a column, such as series.to_frame()."
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------- file system

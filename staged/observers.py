@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
 from staged.errors import InvalidInput
@@ -17,6 +18,9 @@ Observer = Callable[[Event], None]
 """Called with each event, in the event loop; it must not block."""
 
 _log = logging.getLogger("staged")
+
+_doubted: set[str] = set()
+"""Observers that were warned of."""
 
 
 @runtime_checkable
@@ -32,8 +36,10 @@ def compose(observers: Iterable[Observer | Callback]) -> tuple[Observer, ...]:
     """A store's observers: its log and its traces, then what the caller passed.
 
     Raises:
-        InvalidInput: One is neither callable nor a callback.
+        InvalidInput: One is neither callable nor a callback, or a class, or an `async def`; or they are no list.
     """
+    if isinstance(observers, str) or not isinstance(observers, Iterable):
+        raise InvalidInput(f"observers= is a list of observers, not {observers!r}.")
     return (_write_log, _trace, *map(_observer, observers))
 
 
@@ -41,16 +47,40 @@ def notify(observers: Sequence[Observer], event: Event) -> None:
     """Hand an event to every observer; one that fails is logged, never raised."""
     for observer in observers:
         try:
-            observer(event)
+            returned: object = observer(event)
+            if returned is not None:
+                _doubt(observer, returned)
         except Exception:
             _log.exception("An observer failed on %s.", type(event).__name__)
 
 
+def _doubt(observer: Observer, returned: object) -> None:
+    """Warn, once for each observer, of one that only seems to be called: its work would be in what it returned."""
+    if inspect.iscoroutine(returned):
+        returned.close()
+    elif not (callable(returned) or isinstance(returned, Awaitable)):
+        return
+    name = getattr(observer, "__qualname__", type(observer).__qualname__)
+    if name not in _doubted:
+        _doubted.add(name)
+        _log.warning(
+            "The observer %s returns a %s, which nobody calls or awaits: an observer does its work when it is called.",
+            name,
+            type(returned).__name__,
+        )
+
+
 def _observer(observer: Observer | Callback) -> Observer:
+    if isinstance(observer, type):
+        raise InvalidInput(
+            f"An observer is called with each event; {observer.__qualname__} is a class: pass an instance."
+        )
     if isinstance(observer, Callback):
         return _tell(observer)
     if not callable(observer):
         raise InvalidInput(f"An observer is called with each event; {observer!r} cannot be called.")
+    if inspect.iscoroutinefunction(observer) or inspect.iscoroutinefunction(type(observer).__call__):
+        raise InvalidInput(f"An observer is called, not awaited; {observer!r} is an async def.")
     return observer
 
 

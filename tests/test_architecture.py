@@ -276,3 +276,20 @@ def test_opening_a_store_loads_its_own_driver_only() -> None:
     loaded = _loaded("import staged; staged.open_store('memory://x')")
     public = [name for name in loaded if re.fullmatch(r"staged\.drivers\.[a-z]\w*", name)]
     assert public == ["staged.drivers.memory"]
+
+
+def test_benchmarks_of_the_overhead_run_without_what_other_parts_compare_with() -> None:
+    without = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["aiofiles", "fsspec", "deltalake", "matplotlib", "pyarrow"])
+sys.argv = ["benchmarks", "--help"]
+try:
+    runpy.run_path("benchmarks", run_name="__main__")
+finally:
+    sys.path.insert(0, "benchmarks")
+    import overhead
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", without], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0 and "{overhead,moves,tables}" in ended.stdout, ended.stderr

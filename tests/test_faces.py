@@ -424,7 +424,7 @@ async def test_what_is_no_table_or_does_not_fit_is_refused(world: World) -> None
             async with tx.parquet_writer({"n": "int"}):
                 pytest.fail("the block was entered")
         for data in (pa.table({"other": [1]}), pa.table({"region": ["eu"], "n": [0.5]}), [1, 2]):
-            with pytest.raises(ValueError):
+            with pytest.raises(InvalidInput):
                 async with tx.parquet_writer(SCHEMA) as writer:
                     await writer.write(data)
         with pytest.raises(InvalidInput):
@@ -432,6 +432,22 @@ async def test_what_is_no_table_or_does_not_fit_is_refused(world: World) -> None
         with pytest.raises(InvalidPath):
             async with tx.parquet_writer(SCHEMA, "../a.parquet"):
                 pytest.fail("the block was entered")
+        assert tx.entries == ()
+
+
+async def test_what_is_refused_as_a_table_says_what_to_pass(world: World) -> None:
+    async with world.store.staged_write("append") as tx:
+        for column in (pl.Series([1, 2]), pd.Series([1, 2], name="n"), pa.chunked_array([[1], [2]])):
+            with pytest.raises(InvalidInput, match="table"):
+                await tx.write_table(column)
+        with pytest.raises(InvalidInput, match=r"\.collect\(\)"):
+            await tx.write_table(pl.LazyFrame({"n": [1]}))
+        batches = [pa.record_batch({"region": ["eu"], "n": [n]}) for n in (1.0, 0.5)]
+        late = pa.RecordBatchReader.from_batches(batches[0].schema, batches)
+        for rows in (pa.table({"other": [1]}), pl.DataFrame({"region": ["eu"], "n": ["x"]}), late):
+            with pytest.raises(InvalidInput, match="schema"):
+                async with tx.parquet_writer(SCHEMA) as writer:
+                    await writer.write(rows)
         assert tx.entries == ()
 
 

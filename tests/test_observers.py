@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import staged.sync
-from staged import InvalidInput, open_store
+from staged import InvalidInput, observers, open_store
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.model import Decided, Event
 from staged.observers import Observer
@@ -31,8 +32,8 @@ from staged.store import Store
 pytestmark = pytest.mark.anyio
 
 
-def memory(*observers: Observer | Callback, storage: MemoryStorage | None = None) -> Store:
-    return open_store(MemoryDriver(storage=storage or MemoryStorage()), observers=observers)
+def memory(*told: Observer | Callback, storage: MemoryStorage | None = None) -> Store:
+    return open_store(MemoryDriver(storage=storage or MemoryStorage()), observers=told)
 
 
 async def load(store: Store, mode: str = "append", files: int = 3, **options: Any) -> str:
@@ -108,6 +109,48 @@ async def test_a_callback_of_fsspec_counts_staged_files_towards_their_number() -
 def test_what_is_neither_called_nor_a_callback_is_no_observer(wrong: Any) -> None:
     with pytest.raises(InvalidInput, match="observer"):
         memory(wrong)
+
+
+async def waits(event: Event) -> None:
+    raise AssertionError
+
+
+class Waits:
+    async def __call__(self, event: Event) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("wrong", [waits, Waits(), partial(waits), Waits().__call__, Waits, Callback])
+def test_what_would_be_called_and_do_nothing_is_no_observer(wrong: Any) -> None:
+    with pytest.raises(InvalidInput, match="observer"):
+        memory(wrong)
+
+
+@pytest.mark.parametrize("wrong", [print, "print", 5, None, Callback()])
+def test_observers_are_a_list(wrong: Any) -> None:
+    for open_one in (open_store, staged.sync.open_store):
+        with pytest.raises(InvalidInput, match="list of observers"):
+            open_one("memory://x", observers=wrong)
+
+
+async def test_an_observer_that_returns_what_would_do_its_work_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.WARNING, "staged")
+    monkeypatch.setattr(observers, "_doubted", set())
+
+    def factory(event: Event) -> Observer:
+        return lambda event: None
+
+    def wrapper(event: Event) -> object:
+        return waits(event)
+
+    await load(memory(rich_progress, factory, wrapper, lambda event: 5))  # type: ignore[arg-type, list-item]
+    await load(memory(factory))  # type: ignore[arg-type]
+    said = [record.getMessage() for record in caplog.records]
+    for name in ("rich_progress", "factory", "wrapper"):
+        assert sum(f"{name} returns a " in line for line in said) == 1, name
+    assert len(said) == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- tracing
