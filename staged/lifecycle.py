@@ -513,7 +513,8 @@ class Transaction(Staging):
                 checked = await checked
         except Exception as error:
             raise ValidationFailed(
-                f"The check {name!r} refused the staged files ({error}). The target is untouched.", transaction=self.id
+                f"The check {name!r} refused the staged files ({str(error) or repr(error)}). The target is untouched.",
+                transaction=self.id,
             ) from error
         if checked is not None:
             raise ValidationFailed(

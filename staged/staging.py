@@ -149,6 +149,8 @@ class Staging:
             WrongState: The path is staged or being written already, or the transaction is past staging.
             StagingError: The store failed; the target is untouched.
         """
+        if not isinstance(data, (bytes, bytearray, memoryview, str)):
+            raise InvalidInput(f"{path!r} takes bytes or text, not {type(data).__name__}.")
         async with self.open(path, overwrite=overwrite) as file:
             await file.write(data.encode() if isinstance(data, str) else data)
 
@@ -250,6 +252,11 @@ class Staging:
                 f"{path!r} is staged already by transaction {self.id}; pass overwrite=True to replace it.",
                 transaction=self.id,
             )
+        for parent in paths.parents(folded):
+            if (file := self._entries.get(parent)) is not None:
+                raise StagingError(
+                    f"{path!r} cannot be staged: {file.path!r} is staged as a file.", transaction=self.id
+                )
         self._writing.add(folded)
 
     def _close(self, path: str) -> None:

@@ -675,6 +675,24 @@ async def test_numbers_and_strings_of_other_libraries_make_records_that_are_read
     assert (await store.status()).damaged == ()
 
 
+async def test_what_is_refused_says_why(world: World) -> None:
+    store = world.process()
+
+    def refuse(entries: Sequence[Entry]) -> None:
+        raise KeyError
+
+    with pytest.raises(StagingError, match="'Y' is staged as a file"):
+        async with store.staged_write("append") as tx:
+            with pytest.raises(InvalidInput, match="'a' takes bytes or text, not int"):
+                await tx.write("a", 3)  # type: ignore[arg-type]
+            await tx.write("Y", b"1")
+            await tx.write("y/z", b"1")
+    with pytest.raises(ValidationFailed, match=r"KeyError\(\)"):
+        async with store.staged_write("append", validate=[refuse]) as tx:
+            await tx.write("a", b"1")
+    assert await anyio.to_thread.run_sync(world.files) == {}
+
+
 async def test_a_closed_store_refuses_work(world: World) -> None:
     store = world.process()
     open_one = await store.begin("append")
