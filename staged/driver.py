@@ -138,6 +138,8 @@ class Driver(ABC):
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
         """Check that a transaction's staging holds exactly these entries as recorded, and make them durable.
 
+        It comes before the first `trees` or `publish`, and may come again; nothing is staged after it.
+
         Raises:
             StagingError: One is missing or changed, or the staging holds what was not recorded.
         """

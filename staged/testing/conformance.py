@@ -338,6 +338,7 @@ class DriverConformance:
     async def test_publish_takes_free_names_once_and_leaves_strangers(self, target: Harness) -> None:
         driver, tx = await _probed(target), new_id()
         mine, blocked = await _stage(driver, tx, "d/mine", b"mine"), await _stage(driver, tx, "taken", b"mine")
+        await driver.seal(tx, [mine, blocked])
         await target.put("taken", b"stranger")
         assert await driver.publish(tx, [mine, blocked], {}) == [Answer.DONE, Answer.FOREIGN]
         assert await target.process().publish(tx, [mine, blocked], {}) == [Answer.ALREADY, Answer.FOREIGN]
@@ -353,6 +354,7 @@ class DriverConformance:
         await target.put("a", b"old")
         old = {one.path: one.identity for one in await _list(driver)}
         entry = await _stage(driver, tx, "a", b"new")
+        await driver.seal(tx, [entry])
         await target.put("a", b"a stranger's")
         assert await driver.publish(tx, [entry], old) == [Answer.FOREIGN]
         assert await target.files() == {"a": b"a stranger's"}
@@ -378,9 +380,11 @@ class DriverConformance:
         await target.put("old", b"old")
         listed = await _list(driver)
         entry = await _stage(driver, tx, "a", b"first")
+        await driver.seal(tx, [entry])
         await driver.publish(tx, [entry], {})
         await driver.remove(listed)
         successor = await _stage(driver, later, "a", b"second")
+        await driver.seal(later, [successor])
         await driver.publish(later, [successor], {"a": entry.identity})
         await target.put("old", b"anew")
         assert await driver.publish(tx, [entry], {}) == [Answer.LOST]
