@@ -220,16 +220,16 @@ class Lake:
 
     async def pages(self, directory: str, *, recursive: bool = True) -> AsyncGenerator[list[Listed], None]:
         """What is below a directory, by whole names; nothing where there is no such directory."""
-        pages: AsyncIterator[AsyncIterator[PathProperties]] | None = None
+        listing: list[AsyncIterator[AsyncIterator[PathProperties]]] = []
 
         async def page(to: _Clients) -> list[Listed] | None:
-            nonlocal pages
-            if pages is None:
-                pages = to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page()
+            # One listing, however often a page of it is asked for.
+            if not listing:
+                listing.append(to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page())
             try:
                 return [
                     Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
-                    async for found in await anext(pages)
+                    async for found in await anext(listing[0])
                 ]
             except StopAsyncIteration:
                 return None

@@ -121,7 +121,7 @@ class AdlsDriver(Driver):
 
     def child(self, path: str) -> AdlsDriver:
         child = object.__new__(type(self))
-        child.__dict__.update(self.__dict__, _owner=False)
+        vars(child).update(vars(self), _owner=False)
         child._place(join(self._path, path))
         return child
 
