@@ -162,7 +162,8 @@ async def collect(target: Target, older_than: float) -> int:
     outcomes = {key.removeprefix("outcome/") for key in await driver.list_control("outcome/")}
     head, _ = await read_head(driver)
     for tx in sorted(logs.keys() | outcomes):
-        if not is_id(tx):
+        # One whose head could not be freed is cleaned up already, and yet to be completed once more.
+        if not is_id(tx) or tx == head.transaction:
             continue
         try:
             # A live transaction has a record; one that ended wrote its outcome before its record went.

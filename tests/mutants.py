@@ -255,6 +255,13 @@ MUTANTS = [
         "pass",
         (RACES, LIFE, WRITERS),
     ),
+    Mutant(
+        "gc leaves alone what the head names",
+        "recovery.py",
+        "if not is_id(tx) or tx == head.transaction:",
+        "if not is_id(tx):",
+        (LIFE,),
+    ),
     # Lifecycle and staging
     Mutant(
         "nothing is committed while a write is open",

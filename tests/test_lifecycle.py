@@ -40,7 +40,7 @@ from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.lifecycle import Transaction
 from staged.model import Decided, Entry, Event, Finished, Prepared, Published, Staged
-from staged.recovery import abort
+from staged.recovery import abort, collect
 from staged.states import Phase
 from staged.store import Store
 from staged.testing.faults import FaultDriver, Moment
@@ -1150,3 +1150,23 @@ async def test_a_call_that_comes_too_late_says_what_is_known_of_the_data() -> No
         with pytest.raises(WrongState) as raised:
             await late()
         assert raised.value.outcome == "untouched"
+
+
+async def test_gc_leaves_the_plan_of_a_commit_whose_head_could_not_be_freed() -> None:
+    storage, ended = MemoryStorage(), False
+
+    async def gate(name: str, moment: Moment) -> None:
+        nonlocal ended
+        ended = ended or name.startswith("put_segment outcome/")
+        if ended and moment == "before" and name == "cas head":
+            raise StorageError("no answer")
+
+    def process() -> MemoryDriver:
+        return MemoryDriver(storage=storage, fence="consumed", period=0.01)
+
+    tx = await prepared(open_store(FaultDriver(process(), gate)))
+    await tx.commit()
+    other = process()
+    assert await collect(Target(other, await other.probe()), 0.0) == 0
+    assert (await open_store(other).recover()).finished == (tx.id,)
+    assert storage.below("target") == {"a": b"1"}
