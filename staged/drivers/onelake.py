@@ -75,7 +75,7 @@ class OneLakeDriver(AdlsDriver):
             goal = f"{place}/new/{name.partition('/')[2] or 'directory'}"
             if before is None:
                 return False
-            await self._lake.rename(f"{place}/{name}", before.identity, goal, None, set())
+            await self._try_rename(f"{place}/{name}", before.identity, goal)
             after = await self._lake.head(goal)
             if after is None or after.identity != before.identity:
                 return False
