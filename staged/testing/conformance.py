@@ -608,7 +608,8 @@ class _AtSwap(Plan):
 
     def __init__(self, kind: FaultKind, number: int) -> None:
         super().__init__()
-        self._kind, self._number, self.seen = kind, number, 0
+        self._kind: FaultKind = kind
+        self._number, self.seen = number, 0
 
     def at(self, call: int) -> Fault | None:
         if not self.driver.calls[call].startswith("cas "):
