@@ -97,7 +97,8 @@ def _driver_of(scheme: str, rest: str) -> tuple[Callable[..., Driver], str]:
                     raise
                 raise Unsupported(f"This store needs {missing.name}: pip install 'staged[{extra}]'") from missing
             return driver, rest if scheme in ("", "file", "memory") else f"{scheme}://{rest}"
-    raise Unsupported(f"There is no driver for such {scheme}:// URLs; there are drivers for {_SCHEMES}.")
+    which = " of that host" if scheme in ("abfs", "abfss", "https") else ""
+    raise Unsupported(f"There is no driver for {scheme}:// URLs{which}; there are drivers for {_SCHEMES}.")
 
 
 class Store:
