@@ -460,3 +460,20 @@ async def test_an_overwrite_that_failed_leaves_its_path_to_be_written_again(serv
         await tx.write("a", b"3", overwrite=True)
         await tx.write("a", b"4", overwrite=True)
     assert harness.content() == {"a": b"4"}
+
+
+@pytest.mark.anyio
+async def test_gc_collects_what_a_probe_left_but_not_what_one_may_be_at_right_now() -> None:
+    clock = [1_000_000_000.0]
+    with DfsServer(onelake=True, now=lambda: clock[0]) as server:
+        harness = AdlsHarness(server, period=30.0)
+        left = f"{harness.control}probe/dead/one"
+        server.namespace.put_block(harness.filesystem, left, "a", b"1")
+        server.namespace.put_block_list(harness.filesystem, left, ["a"])
+        async with open_store(harness.process()) as store:
+            await Work(Mode.APPEND, (("a", b"1"),))(store)
+            await store.gc(older_than=timedelta(0))
+            assert left in server.namespace.paths(harness.filesystem)
+            clock[0] += 61
+            await store.gc(older_than=timedelta(0))
+            assert left not in server.namespace.paths(harness.filesystem)

@@ -14,7 +14,7 @@ from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import AzureError, HttpResponseError
 
 from staged import paths
-from staged.drivers._cloud import Limit, Refused
+from staged.drivers._cloud import Refused
 from staged.errors import InvalidInput, InvalidPath
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
 
-__all__ = ["Closable", "Location", "Requests", "bare", "client_options", "default_credential", "in_trio", "of"]
+__all__ = ["Closable", "Location", "bare", "client_options", "default_credential", "in_trio", "of", "once"]
 
 T = TypeVar("T")
 
@@ -115,11 +115,11 @@ def default_credential() -> Any:
 
 def of(client: Any) -> Credential | None:
     """The credential of a client, for another client; one that is in its URL goes with that."""
-    credential = client.credential
-    if hasattr(credential, "account_key"):
+    if hasattr(client.credential, "account_key"):
         # An account key has become what signs requests.
-        return AzureNamedKeyCredential(credential.account_name, credential.account_key)
-    return credential  # type: ignore[no-any-return]
+        return AzureNamedKeyCredential(client.credential.account_name, client.credential.account_key)
+    credential: Credential | None = client.credential
+    return credential
 
 
 class _Hidden(logging.Filter):
@@ -147,22 +147,8 @@ def bare(etag: str) -> str:
     return etag.strip('"')
 
 
-class Requests:
-    """Makes requests through an SDK under the limit; what fails is `Refused`, and holds nothing of the request."""
-
-    def __init__(self, limit: Limit) -> None:
-        self.limit = limit
-
-    async def __call__(self, what: str, request: Callable[[], Awaitable[T]]) -> T:
-        """Make one request, again and again where its failure may pass.
-
-        Raises:
-            Refused: With the service's status and code.
-        """
-        return await self.limit.send(lambda: _once(what, request))
-
-
-async def _once(what: str, request: Callable[[], Awaitable[T]]) -> T:
+async def once(what: str, request: Callable[[], Awaitable[T]]) -> T:
+    """Make one request through an SDK; what fails is `Refused`, with the service's status and code, and nothing of the request."""
     try:
         return await request()
     except HttpResponseError as error:

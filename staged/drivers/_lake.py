@@ -20,7 +20,7 @@ from azure.storage.blob import BlobBlock
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
-from staged.drivers._azure import Closable, Location, Requests, bare, client_options, default_credential, in_trio, of
+from staged.drivers._azure import Closable, Location, bare, client_options, default_credential, in_trio, of, once
 from staged.drivers._cloud import Limit, Refused
 from staged.errors import StagedError, StorageError
 from staged.model import Listed
@@ -67,7 +67,6 @@ class Lake:
         self.limit = Limit(limit)
         self._rename_options = rename_options
         self._location, self._credential, self._client = location, credential, client
-        self._requests = Requests(self.limit)
         self._opening = anyio.Lock()
         self._opened: _Clients | None = None
         self._closed = False
@@ -91,7 +90,7 @@ class Lake:
                 trio = in_trio()
                 self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
         clients = self._opened
-        return await self._requests(what, lambda: request(clients))
+        return await self.limit.send(lambda: once(what, lambda: request(clients)))
 
     def _open(self, *, trio: bool) -> _Clients:
         given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)

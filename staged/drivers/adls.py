@@ -233,16 +233,16 @@ class AdlsDriver(Driver):
 
     async def _find(self, names: Collection[str]) -> Sequence[Listed]:
         """What has one of these names: a page of a listing costs one request, and so does a name."""
-        found: Sequence[Listed] = []
+        found: dict[str, Listed] = {}
         left = 1 + len(names) // self._lake.limit.most
         async with aclosing(self._lake.pages(self._path)) as pages:
             async for page in pages:
-                found = [*found, *(listed for listed in page if listed.path in names)]
+                found |= {listed.path: listed for listed in page if listed.path in names}
                 left -= 1
                 if not left:
                     break
             else:
-                return found
+                return tuple(found.values())
         looked = await self._at_once(names, self._lake.head)
         return [listed for listed in looked if listed is not None]
 
@@ -381,9 +381,6 @@ class AdlsDriver(Driver):
                 doomed = [name for name, age in zip(doomed, ages, strict=True) if age is not None and age >= older_than]
             await self._at_once(doomed, self._lake.delete_tree)
         return len(doomed)
-
-    async def _forget_probes(self, older_than: float) -> None:
-        """Delete what probing left; see `OneLakeDriver`."""
 
 
 class _Writer:

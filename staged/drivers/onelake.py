@@ -103,6 +103,12 @@ class OneLakeDriver(AdlsDriver):
                 return False
         return True
 
+    async def trim(self, keep: int, older_than: float) -> int:
+        if keep == 0:
+            with mapped():
+                await self._forget_probes(older_than)
+        return await super().trim(keep, older_than)
+
     async def _forget_probes(self, older_than: float) -> None:
         # One that runs just now takes seconds.
         for name in await self._names(f"{self._control}/{_PROBES}", trees=True):
