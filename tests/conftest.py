@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import logging
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -34,6 +36,20 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         request.node.user_properties.append(("figure", f"{name}: {text}"))
 
     return note
+
+
+@pytest.fixture
+def logged() -> Iterator[io.StringIO]:
+    """What every logger says, down to DEBUG."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    root = logging.getLogger()
+    before = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.NOTSET)
+    yield stream
+    root.setLevel(before)
+    root.removeHandler(handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

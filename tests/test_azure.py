@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
@@ -305,20 +304,6 @@ async def test_a_commit_gets_through_a_store_that_throttles_a_fifth_of_all_reque
 
 
 # ------------------------------------------------------------------------------------------------------------------ secrets
-
-
-@pytest.fixture
-def logged() -> Iterator[io.StringIO]:
-    """What every logger says, down to DEBUG."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.NOTSET)
-    yield stream
-    root.setLevel(before)
-    root.removeHandler(handler)
 
 
 @pytest.mark.anyio

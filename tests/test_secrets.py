@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import logging
 import os
 import pickle
 import traceback
@@ -74,20 +73,6 @@ class Seen:
 
     def leaks(self) -> list[tuple[str, str]]:
         return [(where, name) for where, text in self.texts for name, secret in SECRETS.items() if secret in text]
-
-
-@pytest.fixture
-def logged() -> Iterator[io.StringIO]:
-    """What every logger says, down to DEBUG."""
-    stream = io.StringIO()
-    handler = logging.StreamHandler(stream)
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.NOTSET)
-    yield stream
-    root.setLevel(before)
-    root.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
