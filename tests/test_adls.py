@@ -83,63 +83,50 @@ class AdlsHarness(Harness):
         return [name for name in names if name.startswith(tuple(f"{self.control}{kind}" for kind in kept))]
 
 
-class TestAdls(DriverConformance):
+class _Served(DriverConformance):
+    onelake = False
+    path = "lake/target"
+
     @pytest.fixture(autouse=True)
     def _server(self) -> Iterator[None]:
-        with DfsServer() as self.server:
+        with DfsServer(onelake=self.onelake) as self.server:
             yield
 
     def harness(self, directory: Path) -> Harness:
-        return AdlsHarness(self.server)
+        return AdlsHarness(self.server, self.path)
 
 
-class TestAdlsRoot(DriverConformance):
+def _only(loop: str) -> object:
+    """One event loop, where another kind of lake has both: each request takes milliseconds."""
+
+    @pytest.fixture(params=[loop])
+    def anyio_backend(self: object, request: pytest.FixtureRequest) -> str:
+        backend: str = request.param
+        return backend
+
+    return anyio_backend
+
+
+class TestAdls(_Served):
+    """A directory of a file system."""
+
+
+class TestAdlsRoot(_Served):
     """A whole file system, whose tree cannot be renamed."""
 
-    @pytest.fixture(params=["asyncio"])
-    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
-        """One loop, since the other kinds of store have both: each request takes milliseconds."""
-        backend: str = request.param
-        return backend
-
-    @pytest.fixture(autouse=True)
-    def _server(self) -> Iterator[None]:
-        with DfsServer() as self.server:
-            yield
-
-    def harness(self, directory: Path) -> Harness:
-        return AdlsHarness(self.server, "")
+    path = ""
+    anyio_backend = _only("asyncio")
 
 
-class TestOneLake(DriverConformance):
-    @pytest.fixture(params=["trio"])
-    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
-        """One loop, since the other kinds of store have both: each request takes milliseconds."""
-        backend: str = request.param
-        return backend
+class TestOneLake(_Served):
+    """A directory of an item's folder."""
 
-    @pytest.fixture(autouse=True)
-    def _server(self) -> Iterator[None]:
-        with DfsServer(onelake=True) as self.server:
-            yield
-
-    def harness(self, directory: Path) -> Harness:
-        return AdlsHarness(self.server)
+    onelake = True
+    anyio_backend = _only("trio")
 
 
-class TestOneLakeFolder(DriverConformance):
+class TestOneLakeFolder(_Served):
     """A folder of an item, which Fabric manages."""
 
-    @pytest.fixture(params=["asyncio"])
-    def anyio_backend(self, request: pytest.FixtureRequest) -> str:
-        """One loop, since the other kinds of store have both: each request takes milliseconds."""
-        backend: str = request.param
-        return backend
-
-    @pytest.fixture(autouse=True)
-    def _server(self) -> Iterator[None]:
-        with DfsServer(onelake=True) as self.server:
-            yield
-
-    def harness(self, directory: Path) -> Harness:
-        return AdlsHarness(self.server, "")
+    onelake, path = True, ""
+    anyio_backend = _only("asyncio")

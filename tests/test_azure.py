@@ -90,6 +90,68 @@ async def test_what_cannot_hold_a_target_is_refused_before_anything_is_written(s
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("denied", [(), ("get_access",)], ids=["may ask", "may ask the account only"])
+async def test_an_account_without_a_hierarchical_namespace_is_refused(denied: tuple[str, ...]) -> None:
+    with DfsServer(hierarchical=False, denied=denied) as server:
+        server.namespace.create_filesystem("fs")
+        async with open_store(AdlsDriver(f"{server.url}/fs/x", credential="sig=1")) as store:
+            with pytest.raises(Unsupported, match="no hierarchical namespace"):
+                await store.begin("append")
+        assert server.namespace.paths("fs") == []
+
+
+@pytest.mark.anyio
+async def test_who_may_not_look_at_access_control_may_still_write(logged: io.StringIO) -> None:
+    for denied in (("get_access",), ("get_access", "account", "set_access")):
+        with DfsServer(denied=denied) as server:
+            harness = AdlsHarness(server, period=30.0)
+            async with open_store(harness.process()) as store:
+                await Work(Mode.FULL_DROP, (("a", b"1"),))(store)
+            assert harness.content() == {"a": b"1"}
+        assert "may not be taken over" in logged.getvalue()
+        assert ("may not be asked" in logged.getvalue()) == ("account" in denied)
+
+
+@pytest.mark.anyio
+async def test_what_the_target_grants_is_granted_by_what_is_committed_to_it(server: DfsServer) -> None:
+    """A new tree grants what the old one did, and a new file what the target gives to its files."""
+    granted = "user::rwx,group::r-x,group:etl:r-x,mask::r-x,other::---"
+    defaults = "default:user::rwx,default:group::r-x,default:group:etl:r-x,default:mask::r-x,default:other::---"
+    harness = AdlsHarness(server, period=30.0)
+    await harness.put("old", b"old")
+    server.namespace.find(harness.filesystem, harness.path).acl = f"{granted},{defaults}"
+
+    def grants(path: str) -> str:
+        return server.namespace.find(harness.filesystem, f"{harness.path}/{path}".rstrip("/")).acl
+
+    async with open_store(harness.process()) as store:
+        await Work(Mode.APPEND, (("p=0/a", b"1"),))(store)
+        assert (grants("p=0/a"), grants("")) == (granted, f"{granted},{defaults}")
+        for files in ((("b", b"1"), ("p=0/b", b"1")), ()):
+            async with store.staged_write("full_drop", allow_empty=True) as tx:
+                for path, data in files:
+                    await tx.write(path, data)
+            assert grants("") == f"{granted},{defaults}"
+            assert all(grants(path) == granted for path, _ in files)
+            assert harness.content() == dict(files)
+
+
+@pytest.mark.anyio
+async def test_a_tree_that_takes_several_requests_to_rename_or_delete_is_renamed_and_deleted_whole(
+    anyio_backend: str,
+) -> None:
+    with DfsServer(page=3) as server:
+        harness = AdlsHarness(server, period=30.0)
+        async with open_store(harness.process()) as store:
+            for number in range(3):
+                files = tuple((f"p={name}/f{number}", b"1") for name in range(5))
+                await Work(Mode.FULL_DROP, files)(store)
+                assert harness.content() == dict(files)
+            await store.gc(older_than=timedelta(0))
+            assert await harness.leftovers() == []
+
+
+@pytest.mark.anyio
 async def test_a_clients_owner_keeps_it_and_children_share_it(server: DfsServer, anyio_backend: str) -> None:
     if anyio_backend == "trio":
         from azure.core.pipeline.transport import TrioRequestsTransport as Transport
@@ -140,6 +202,7 @@ async def test_a_small_file_costs_two_requests_and_a_large_one_only_its_blocks_m
     await harness.put("there", b"")
     async with open_store(harness.process()) as store:
         tx = await store.begin("append")
+        await tx.write("first", b"")  # looks at what the target grants
         for size, requests in ((10, {"put_blob": 1}), (20 << 20, {"put_block": 3, "put_block_list": 1})):
             server.counts.clear()
             await tx.write(f"f{size}", bytes(size))
@@ -147,9 +210,10 @@ async def test_a_small_file_costs_two_requests_and_a_large_one_only_its_blocks_m
         await tx.prepare()
         server.counts.clear()
         await tx.commit()
-    assert server.counts["rename"] == 2
+    assert server.counts["rename"] == 3
     assert {name: len(data) for name, data in harness.content().items()} == {
         "there": 0,
+        "first": 0,
         "f10": 10,
         f"f{20 << 20}": 20 << 20,
     }

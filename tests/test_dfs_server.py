@@ -479,6 +479,7 @@ def under_fault(server: DfsServer) -> tuple[str, list[str]]:
         ("lags@0+50", "201", ["b"]),
         ("repeats@0", "404", ["b"]),
         ("replays@0+1", "201", ["b"]),
+        ("lates@0+1", "cut", ["a"]),
         ("loses@1 loses@create:0", "201", ["b"]),
     ],
 )
@@ -510,6 +511,28 @@ def test_a_replay_comes_after_as_many_requests_and_finds_what_is_there_then() ->
         Wire(server).ask("HEAD", "/fs/b")
         assert server.namespace.read("fs", "b") == b"second"
         assert [entry.fault for entry in server.log] == ["replays@0+2", "", "replayed", ""]
+
+
+def test_a_late_request_is_applied_after_its_sender_gave_it_up() -> None:
+    with DfsServer(plan="lates@0+2") as server:
+        server.namespace.create_filesystem("fs")
+        server.namespace.create("fs", "a")
+        assert under_fault(server) == ("cut", ["a"])
+        Wire(server).ask("HEAD", "/fs/a")
+        assert server.namespace.paths("fs") == ["a"]
+        Wire(server).ask("HEAD", "/fs/a")
+        assert server.namespace.paths("fs") == ["b"]
+
+
+def test_what_is_made_in_a_directory_begins_with_its_defaults(server: DfsServer) -> None:
+    acl = (
+        "user::rwx,group::r-x,other::---,default:user::rwx,default:group::r-x,default:group:etl:r-x,default:other::---"
+    )
+    server.namespace.create("fs", "d", directory=True).acl = acl
+    made = server.namespace.create("fs", "d/e/f")
+    below = server.namespace.find("fs", "d/e")
+    assert made.acl == "user::rwx,group::r-x,group:etl:r-x,other::---"
+    assert below.acl == f"{made.acl},{','.join(f'default:{entry}' for entry in made.acl.split(','))}"
 
 
 def test_what_is_still_under_way_can_be_let_in() -> None:

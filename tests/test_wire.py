@@ -82,7 +82,7 @@ async def test_one_fault_at_any_request_is_neither_a_false_failure_nor_a_false_s
             # Every request meets some kinds of fault, and every kind some requests; all meet all in a soak.
             if (at + number + (anyio_backend == "trio")) % max(1, 29 // SOAK):
                 continue
-            amount = {"delays": 1, "lags": 1, "replays": 1 + at % 17}.get(kind, 0)
+            amount = {"delays": 1, "lags": 1, "replays": 1 + at % 17, "lates": 1 + at % 13}.get(kind, 0)
             plan = f"{kind}@{at // len(FAULTS)}" + (f"+{amount}" if amount else "")
             said, harness = await under(server, Plan(plan), work)
             assert (said, harness.content()) == ("committed", expected), f"{work}, DfsServer(plan={plan!r})"

@@ -112,10 +112,26 @@ class Lake:
         for service in services:
             await service.close()
 
-    async def look_at_root(self) -> None:
-        """Ask for the access control of the root, which only a hierarchical namespace has."""
+    async def is_hierarchical(self) -> bool:
+        """Whether the account says that its namespace is hierarchical."""
+        said = await self._send("looking at the account", lambda to: to.blobs.get_account_information())
+        return bool(said["is_hns_enabled"])
+
+    async def access(self, name: str) -> str | None:
+        """The access control list of a directory, which only a hierarchical namespace has; None where there is no such thing."""
+        found = await _unless_missing(
+            self._send(
+                f"looking at the access control of {name!r}",
+                lambda to: to.names.get_directory_client(name).get_access_control(),
+            )
+        )
+        return None if found is None else str(found["acl"])
+
+    async def set_access(self, name: str, acl: str) -> None:
+        """Give a directory this access control list."""
         await self._send(
-            "looking at the file system", lambda to: to.names.get_directory_client("/").get_access_control()
+            f"setting the access control of {name!r}",
+            lambda to: to.names.get_directory_client(name).set_access_control(acl=acl),
         )
 
     # ------------------------------------------------------------------------------------------------------------- bytes
@@ -250,7 +266,7 @@ class Lake:
 
     async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
         """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
-        conditions = {
+        conditions: dict[str, Any] = {
             "source_etag": f'"{identity}"',
             "source_match_condition": MatchConditions.IfNotModified,
             **_if(replaces),
@@ -258,9 +274,17 @@ class Lake:
         }
 
         async def rename(to: _Clients) -> None:
-            # The SDK decodes the source's name before it encodes it.
+            # The SDK decodes the source's name before it encodes it, and forgets that a large tree may take several requests.
             file = to.names.get_file_client(quote(source))
-            await file.rename_file(f"{self._location.container}/{goal}", **conditions)
+            options = dict(conditions)
+            answers: list[Any] = []
+            while True:
+                await file.rename_file(
+                    f"{self._location.container}/{goal}", raw_response_hook=answers.append, **options
+                )
+                if not (more := answers[-1].http_response.headers.get("x-ms-continuation")):
+                    return
+                options["continuation"] = more
 
         what = f"renaming {source!r} to {goal!r}"
         try:

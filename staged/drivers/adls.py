@@ -21,6 +21,7 @@ from secrets import token_hex
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 
 from staged.driver import Driver, LogHandle, Record
@@ -46,6 +47,8 @@ _BLOCKS = 4
 """Blocks of one file that are sent at once."""
 _TRIES = 4
 """Looks at the trees of a swap: two renames, and as many strangers in between."""
+_PLAIN = "user::rwx,group::r-x,other::---"
+"""The access control list of a directory for which none was ever set."""
 STAGING = "staging"
 """Where the transactions' staging lies in the control area."""
 
@@ -88,7 +91,9 @@ class AdlsDriver(Driver):
         above, _, name = path.rpartition("/")
         self._inside = not self._can_be_renamed(path)
         self._control = join(path, f"{RESERVED}/{RESERVED}") if self._inside else join(above, f"{RESERVED}/{name}")
+        self._begun: set[str] = set()
         self._sealed: set[str] = set()
+        self._beginning = anyio.Lock()
 
     def _can_be_renamed(self, path: str) -> bool:
         return bool(path)
@@ -109,15 +114,28 @@ class AdlsDriver(Driver):
     async def _check(self) -> None:
         """Raise `Unsupported` where this is no place for a target."""
         try:
-            await self._lake.look_at_root()
+            hierarchical = True
+            if await self._lake.access("/") is None:
+                raise Unsupported(f"There is no file system for {self.url}; create it first.")
         except Refused as error:
-            if error.status == 404:
-                raise Unsupported(f"There is no file system for {self.url}; create it first.") from error
-            if error.status == 400:
-                raise Unsupported(f"The account of {self.url} has no hierarchical namespace.") from error
-            # Who may not read access control lists may still read and write.
+            if error.status == 403:
+                hierarchical = await self._is_hierarchical()
+            elif error.status == 400:
+                hierarchical = False
+            else:
+                raise
+        if not hierarchical:
+            raise Unsupported(f"The account of {self.url} has no hierarchical namespace.")
+
+    async def _is_hierarchical(self) -> bool:
+        """What the account says of itself, for those who may not read access control lists."""
+        try:
+            return await self._lake.is_hierarchical()
+        except Refused as error:
             if error.status != 403:
                 raise
+            _log.warning("Whether the account of %s has a hierarchical namespace may not be asked.", self.url)
+            return True
 
     def child(self, path: str) -> AdlsDriver:
         child = object.__new__(type(self))
@@ -180,8 +198,25 @@ class AdlsDriver(Driver):
         return f"{self._control}/{STAGING}/{tx}/{'sealed' if sealed else 'tree'}"
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
+        async with self._beginning:
+            if tx not in self._begun:
+                with mapped():
+                    await self._take_over_access(self._tree(tx, sealed=False))
+                self._begun.add(tx)
         # What is staged is found by its place: nothing is to be logged.
         return _Writer(self, tx, path)
+
+    async def _take_over_access(self, tree: str) -> None:
+        """Let a staging tree grant what the target does: files take over its defaults, and a swap puts it in place."""
+        try:
+            acl = await self._lake.access(self._path or "/")
+            if acl is not None and acl != _PLAIN:
+                await self._lake.make_directory(tree)
+                await self._lake.set_access(tree, acl)
+        except Refused as error:
+            if error.status != 403:
+                raise
+            _log.warning("The access control of %s may not be taken over: %s", self.url, error)
 
     async def seal(self, tx: str, entries: Collection[Entry]) -> None:
         tree, sealed = self._tree(tx, sealed=False), self._tree(tx, sealed=True)
@@ -207,6 +242,7 @@ class AdlsDriver(Driver):
             tree = self._tree(tx, sealed=tx in self._sealed)
             await self._delete_all([join(tree, handle) for handle in handles])
             return
+        self._begun.discard(tx)
         self._sealed.discard(tx)
         with mapped():
             await self._lake.delete_tree(f"{self._control}/{STAGING}/{tx}")
@@ -303,9 +339,11 @@ class AdlsDriver(Driver):
     async def trees(self, tx: str) -> Trees:
         sealed = self._tree(tx, sealed=True)
         with mapped():
-            # There is none yet where nothing was staged.
-            await self._lake.make_directory(sealed)
             new, target = await self._lake.head(sealed), await self._lake.head(self._path)
+            if new is None:  # nothing was staged
+                await self._take_over_access(sealed)
+                await self._lake.make_directory(sealed)
+                new = await self._lake.head(sealed)
             if target is not None and (nested := await self._nested()) is not None:
                 raise Conflict.covering(nested)
         if new is None:

@@ -51,6 +51,9 @@ class OneLakeDriver(AdlsDriver):
         if folder is None:
             raise Unsupported(f"There is no such item or folder in the workspace: {'/'.join(parts[:_MANAGED])}.")
 
+    async def _take_over_access(self, tree: str) -> None:
+        pass  # Who may do what is Fabric's business, and is not of single directories.
+
     async def probe(self) -> Capabilities:
         found = await super().probe()
         place = f"{self._control}/{_PROBES}/{token_hex(12)}"

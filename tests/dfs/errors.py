@@ -4,6 +4,10 @@ from __future__ import annotations
 
 # Codes and texts are recorded, or of the REST specification's error list.
 ERRORS: dict[str, tuple[int, str]] = {
+    "AuthorizationPermissionMismatch": (
+        403,
+        "This request is not authorized to perform this operation using this permission.",
+    ),
     "BlobAlreadyExists": (409, "The specified blob already exists."),
     "BlobNotFound": (404, "The specified blob does not exist."),
     "BlobOperationNotSupported": (409, "Blob operation is not supported."),

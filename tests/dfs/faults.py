@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["fails", "errs", "cuts", "loses", "throttles", "overloads", "delays", "lags", "repeats", "replays"]
+Kind = Literal[
+    "fails", "errs", "cuts", "loses", "throttles", "overloads", "delays", "lags", "repeats", "replays", "lates"
+]
 """What befalls a request.
 
 - `fails`: 500, and nothing was done.
@@ -23,6 +25,7 @@ Kind = Literal["fails", "errs", "cuts", "loses", "throttles", "overloads", "dela
 - `lags`: it is done at once, and answered after so many milliseconds.
 - `repeats`: it arrives twice, and the second answer is the one that is heard.
 - `replays`: it is done and answered, and arrives once more so many requests later.
+- `lates`: the connection is cut, and it arrives so many requests later.
 """
 
 FAULTS: tuple[Kind, ...] = get_args(Kind)
@@ -68,7 +71,8 @@ class Plan:
         for number in range(requests):
             if chance.random() < rate:
                 kind = chance.choice(kinds)
-                amount = {"delays": 50, "lags": 50, "replays": chance.randrange(1, 30)}.get(kind, 0)
+                late = chance.randrange(1, 30)
+                amount = {"delays": 50, "lags": 50, "replays": late, "lates": late}.get(kind, 0)
                 plan._faults["", number] = Fault(kind, number, amount)
         return plan
 

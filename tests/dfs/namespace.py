@@ -57,6 +57,11 @@ class Directory(Node):
     children: dict[str, Node] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)
 
+    @property
+    def defaults(self) -> list[str]:
+        """Entries of access control that what is made here begins with (documented; never recorded)."""
+        return [entry[8:] for entry in self.acl.split(",") if entry.startswith("default:")]
+
     def put(self, name: str, node: Node) -> None:
         if name not in self.children:
             insort(self.names, name)
@@ -150,7 +155,7 @@ class Namespace:
     def create_filesystem(self, name: str, metadata: dict[str, str] | None = None) -> Filesystem:
         if name in self.filesystems:
             raise Refused("FilesystemAlreadyExists")
-        etag, root = next(self._etags), self._directory()
+        etag, root = next(self._etags), self._directory(None)
         self.filesystems[name] = Filesystem(etag, self.now(), root, metadata or {})
         return self.filesystems[name]
 
@@ -253,11 +258,11 @@ class Namespace:
                 return node
         elif conditions.lease is not None:
             raise Refused("LeaseNotPresent")  # never recorded
-        new: Node = self._directory() if directory else self._file(data, by_blob)
+        parent, name = self._parent(filesystem, path, make=True)
+        new: Node = self._directory(parent) if directory else self._file(parent, data, by_blob)
         new.metadata = metadata or {}
         # never recorded: a leased file replaced with its id stays leased, as with a rename onto it (recorded)
         new.lease = node.lease if node is not None else None
-        parent, name = self._parent(filesystem, path, make=True)
         parent.put(name, new)
         return new
 
@@ -399,13 +404,19 @@ class Namespace:
         if node is not None and not (isinstance(node, File) and node.by_blob):
             raise Refused("BlobOperationNotSupported")
 
-    def _file(self, data: bytes, by_blob: bool) -> File:
+    def _file(self, parent: Directory, data: bytes, by_blob: bool) -> File:
         now = self.now()
-        return File(next(self._etags), now, now, data=data, by_blob=by_blob)
+        file = File(next(self._etags), now, now, data=data, by_blob=by_blob)
+        if defaults := parent.defaults:
+            file.acl = ",".join(defaults)
+        return file
 
-    def _directory(self) -> Directory:
+    def _directory(self, parent: Directory | None) -> Directory:
         now = self.now()
-        return Directory(next(self._etags), now, now, acl="user::rwx,group::r-x,other::---")
+        made = Directory(next(self._etags), now, now, acl="user::rwx,group::r-x,other::---")
+        if parent is not None and (defaults := parent.defaults):
+            made.acl = ",".join([*defaults, *(f"default:{entry}" for entry in defaults)])
+        return made
 
     def _touch(self, node: Node) -> None:
         node.etag, node.modified = next(self._etags), self.now()
@@ -421,7 +432,7 @@ class Namespace:
             if part not in node.children:
                 if not make:
                     raise Refused("RenameDestinationParentPathNotFound")
-                node.put(part, self._directory())
+                node.put(part, self._directory(node))
             node = node.children[part]
             if isinstance(node, File):
                 raise Refused("PathConflict" if make else "InvalidDestinationPath")  # never recorded; documented

@@ -45,6 +45,8 @@ class DfsServer:
         page: Paths that one request of a recursive delete or a directory rename gets through; all by default.
         anonymous: Whether requests without a credential are let in.
         token: The one bearer token that is let in; any by default.
+        denied: Verbs that nobody may use.
+        hierarchical: Whether the account has a hierarchical namespace; without one it only says so.
         plan: Faults, or their text.
         now: The clock.
 
@@ -64,6 +66,8 @@ class DfsServer:
         page: int | None = None,
         anonymous: bool = True,
         token: str | None = None,
+        denied: Collection[str] = (),
+        hierarchical: bool = True,
         plan: Plan | str = "",
         now: Callable[[], float] = time.time,
         port: int = 0,
@@ -76,6 +80,8 @@ class DfsServer:
             conditions=conditions,
             token=token,
             anonymous=anonymous,
+            denied=denied,
+            hierarchical=hierarchical,
             rejects=frozenset(rejects if rejects is not None else ["mode"] if onelake else []),
         )
         self.plan = Plan(plan) if isinstance(plan, str) else plan
@@ -166,7 +172,9 @@ class DfsServer:
     async def _befallen(self, fault: Fault | None, number: int, request: Request) -> Answer | None:
         """The answer of a request under a fault; None cuts the connection."""
         kind, amount = (fault.kind, fault.amount) if fault is not None else ("", 0)
-        if kind == "cuts":
+        if kind == "lates":
+            self._late.append((number + amount, request))
+        if kind in ("cuts", "lates"):
             return None
         if kind == "fails":
             return self.service.failure(request, "InternalError")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from email.utils import formatdate, parsedate_to_datetime
 from time import gmtime, strftime
@@ -82,6 +82,8 @@ def route(request: Request) -> tuple[str, Endpoint]:
     query, headers, method = request.query, request.headers, request.method
     blob_host, dfs_host = ".blob." in headers.get("host", ""), ".dfs." in headers.get("host", "")
     comp, restype, action = query.get("comp"), query.get("restype"), query.get("action")
+    if restype == "account" and comp == "properties":
+        return "account", "blob"
     if not request.filesystem:
         return ("list_filesystems", "blob") if comp == "list" and method == "GET" else ("unknown", "blob")
     if restype == "container" or query.get("resource") == "filesystem":
@@ -136,6 +138,8 @@ class Service:
         token: The one bearer token that is accepted; any, and none, by default.
         anonymous: Whether a request without a credential is let in.
         rejects: Query parameters for which a request is refused.
+        denied: Verbs that the caller may not use.
+        hierarchical: Whether the account has a hierarchical namespace; without one only that much is answered.
     """
 
     def __init__(
@@ -147,6 +151,8 @@ class Service:
         token: str | None = None,
         anonymous: bool = True,
         rejects: frozenset[str] = frozenset(),
+        denied: Collection[str] = (),
+        hierarchical: bool = True,
     ) -> None:
         self.namespace = namespace
         self.onelake = onelake
@@ -154,6 +160,8 @@ class Service:
         self.token = token
         self.anonymous = anonymous
         self.rejects = rejects
+        self.denied = frozenset(denied)
+        self.hierarchical = hierarchical
 
     def answer(self, request: Request) -> Answer:
         """Apply a request, whole or not at all."""
@@ -161,6 +169,8 @@ class Service:
         rejected: list[str] = []
         try:
             self._authenticate(request)
+            if verb in self.denied:
+                raise Refused("AuthorizationPermissionMismatch")  # documented
             if self.rejects & set(request.query):
                 raise Refused("UnsupportedQueryParameter")
             if self.onelake is not None:
@@ -246,6 +256,11 @@ class Service:
 
     def _unknown(self, request: Request, endpoint: Endpoint) -> Answer:
         raise Refused("UnsupportedHttpVerb")
+
+    def _account(self, request: Request, endpoint: Endpoint) -> Answer:
+        # never recorded; documented (Blob service, Get Account Information)
+        kind = {"x-ms-sku-name": "Standard_LRS", "x-ms-account-kind": "StorageV2"}
+        return Answer(200, kind | {"x-ms-is-hns-enabled": str(self.hierarchical).lower()})
 
     def _create_filesystem(self, request: Request, endpoint: Endpoint) -> Answer:
         # never recorded through dfs: every client uses blob; so for the next two
@@ -414,6 +429,9 @@ class Service:
         return Answer(200, headers)
 
     def _get_access(self, request: Request, endpoint: Endpoint) -> Answer:
+        if not self.hierarchical:
+            # the code was never recorded; Hadoop's client takes 400 for the answer of a flat namespace
+            raise Refused("InvalidQueryParameterValue")
         node = self.namespace.find(*request.place)
         self._reading(node, request)
         access = {"x-ms-owner": node.owner, "x-ms-group": node.group, "x-ms-permissions": node.permissions}
