@@ -15,11 +15,13 @@ import pytest
 from azure.core.credentials import AzureSasCredential
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 from dfs import DfsServer, Plan
-from test_adls import AdlsHarness
+from dfs.service import Request, route
+from test_adls import SAS, AdlsHarness
 
 from staged import CommitBlocked, CommitIncomplete, Conflict, InvalidInput, StagedError, Unsupported, open_store
-from staged.drivers._azure import in_trio
+from staged.drivers._azure import Location, in_trio
 from staged.drivers._cloud import Limit, Refused
+from staged.drivers._lake import Lake
 from staged.drivers.adls import AdlsDriver
 from staged.drivers.onelake import OneLakeDriver
 from staged.model import Mode
@@ -217,6 +219,62 @@ async def test_a_small_file_costs_two_requests_and_a_large_one_only_its_blocks_m
         "f10": 10,
         f"f{20 << 20}": 20 << 20,
     }
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("onelake", [False, True], ids=["adls", "onelake"])
+async def test_every_request_that_changes_something_says_what_it_expects_and_comes_again_without_harm(
+    onelake: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the SDK would do by itself, it is kept from: a file is never there in part, and nothing is overwritten unseen."""
+    asked: list[Request] = []
+    with DfsServer(onelake=onelake) as server:
+        answer = server.service.answer
+        monkeypatch.setattr(server.service, "answer", lambda request: (asked.append(request), answer(request))[1])
+        harness = AdlsHarness(server, period=30.0)
+        await harness.put("p=0/f0", b"old")
+        await harness.put("old", b"old")
+        async with open_store(harness.process()) as store:
+            await Work(Mode.APPEND, (("p=0/new", b"1"), ("large", bytes(9 << 20))))(store)
+            await Work(Mode.OVERWRITE_FILES, (("p=0/f0", b"2"),), deletes=("old",))(store)
+            await Work(Mode.OVERWRITE_PARTITIONS, (("p=0/f0", b"3"),))(store)
+            await Work(Mode.FULL_DROP, (("p=0/f0", b"4"),))(store)
+            await store.gc(older_than=timedelta(0))
+    harmless = {"put_block", "lease", "get_access", "set_access", "read", "head", "list", "account"}
+    changes = [(route(request)[0], request) for request in asked]
+    changes = [(verb, request) for verb, request in changes if verb not in harmless]
+    assert {verb for verb, _ in changes} == {"put_blob", "put_block_list", "create", "rename", "delete"}
+    assert "lease" not in server.counts
+    for verb, request in changes:
+        headers = request.headers
+        conditional = headers.get("if-none-match") == "*" or headers.get("if-match", "").startswith('"0x')
+        if verb == "create":  # a file that is created is there before its first byte
+            assert request.query["resource"] == "directory" and conditional
+        elif verb == "delete" and not request.path.startswith(harness.control):
+            assert headers["if-match"].startswith('"0x')
+        elif verb == "rename":
+            source, _, signature = headers["x-ms-rename-source"].partition("?")
+            assert source.startswith(f"/{request.filesystem}/") and signature == SAS
+            assert conditional and headers["x-ms-source-if-match"].startswith('"0x')
+            assert ("mode" in request.query) != onelake
+        elif verb != "delete":
+            assert conditional
+
+
+@pytest.mark.parametrize(
+    ("url", "blobs"),
+    [
+        ("abfss://fs@account.dfs.core.windows.net/x", "https://account.blob.core.windows.net/fs"),
+        ("abfss://fs@account.dfs.core.chinacloudapi.cn/x", "https://account.blob.core.chinacloudapi.cn/fs"),
+        ("abfss://w@onelake.dfs.fabric.microsoft.com/x", "https://onelake.blob.fabric.microsoft.com/w"),
+        ("abfss://w@msit-onelake.dfs.fabric.microsoft.com/x", "https://msit-onelake.blob.fabric.microsoft.com/w"),
+    ],
+)
+@pytest.mark.anyio
+async def test_blobs_are_asked_for_at_the_accounts_other_address(url: str, blobs: str) -> None:
+    lake = Lake(Location.parse(url), "sig=1", None, 1, {})
+    assert lake._open(trio=in_trio()).blobs.url.partition("?")[0] == blobs
+    await lake.aclose()
 
 
 NAMES = ["with space", "100%", "100%41", "a+b", "ü", "ü", "a&b=c#d", "p=1/it's", "~x", "a;b,c", "[x](y){z}", "日本"]  # fmt: skip
