@@ -29,6 +29,7 @@ from staged.errors import (
     WrongState,
 )
 from staged.lifecycle import Transaction
+from staged.mirroring import open_mirror
 from staged.model import Entry, Mode, Outcome, Plan, Receipt, Recovered, Status
 from staged.pinning import pinned
 from staged.store import Store, open_store
@@ -59,6 +60,7 @@ __all__ = [
     "Unsupported",
     "ValidationFailed",
     "WrongState",
+    "open_mirror",
     "open_store",
     "pinned",
 ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import anyio
 from anyio import to_thread
@@ -16,6 +16,7 @@ from staged.errors import InvalidInput, InvalidPath, StagingError, Unsupported, 
 
 if TYPE_CHECKING:
     from staged.lifecycle import Transaction
+    from staged.model import RowMarker
 
 try:
     import pyarrow
@@ -26,7 +27,7 @@ except ImportError as error:  # pragma: no cover - the test environment has it
 
 FileSystem: TypeAlias = pyarrow.fs.FileSystem
 
-__all__ = ["FileSystem", "ParquetWriter", "filesystem", "parquet_writer", "write_table"]
+__all__ = ["FileSystem", "ParquetWriter", "filesystem", "parquet_writer", "with_markers", "write_table"]
 
 
 async def write_table(transaction: Transaction, data: object, path: str, overwrite: bool) -> None:
@@ -161,6 +162,105 @@ def _reader(data: object) -> pyarrow.RecordBatchReader:
         raise InvalidInput(
             f"{type(data).__name__} is not read as a table: {error}. Pass a table, not a column, such as series.to_frame()."
         ) from error
+
+
+# -------------------------------------------------------------------------------------------------------------- changes
+
+MARKER = "__rowMarker__"
+_MARKERS = {"insert": 0, "update": 1, "delete": 2, "upsert": 4}
+
+
+def with_markers(
+    data: object, row_marker: RowMarker | Literal["column"] | None, keys: Sequence[str]
+) -> pyarrow.RecordBatchReader:
+    """Rows as Open Mirroring takes them, looked at while they are read.
+
+    Args:
+        row_marker: What is done with each row; "column" where a column says so, None where it may.
+
+    Raises:
+        InvalidInput: See `Transaction.write_changes`; also from the reader.
+    """
+    _check_table(data)
+    source = data.to_reader() if isinstance(data, pyarrow.Table) else _reader(data)
+    names = source.schema.names
+    if row_marker not in (*_MARKERS, "column", None):
+        raise InvalidInput(f"row_marker= is one of {', '.join(_MARKERS)}, not {row_marker!r}.")
+    marked = MARKER in names
+    if marked and row_marker in _MARKERS:
+        raise InvalidInput(f"The rows have a column {MARKER!r} already; leave row_marker= out.")
+    if row_marker == "column" and not marked:
+        raise InvalidInput(f"Without row_marker= a column {MARKER!r} says what is done with each row.")
+    for name in {name for name in names if names.count(name) > 1}:
+        raise InvalidInput(f"There are {names.count(name)} columns {name!r}.")
+    for key in keys:
+        if key not in names:
+            raise InvalidInput(f"The key column {key!r} is missing.")
+    if not keys and (row_marker in ("update", "delete", "upsert")):
+        raise InvalidInput("A table without key columns takes inserts only.")
+    fields = [field for field in source.schema if field.name != MARKER]
+    for field in fields:
+        if not _is_taken(field.type):
+            raise InvalidInput(f"The column {field.name!r} has the type {field.type}, which the service does not take.")
+    if marked and not pyarrow.types.is_integer(source.schema.field(MARKER).type):
+        raise InvalidInput(f"{MARKER!r} is a column of integers, not of {source.schema.field(MARKER).type}.")
+    with_marker = marked or row_marker in _MARKERS
+    schema = pyarrow.schema([*fields, *([pyarrow.field(MARKER, pyarrow.int32())] if with_marker else [])])
+    batches = _marked(source, schema, None if row_marker in ("column", None) else _MARKERS[row_marker], keys)
+    return pyarrow.RecordBatchReader.from_batches(schema, batches)
+
+
+def replacement(data: object, present: object, keys: Sequence[str]) -> tuple[pyarrow.Table, pyarrow.Table]:
+    """The rows of `data`, and one with nulls besides its keys for each of `present` that is not among them.
+
+    Raises:
+        InvalidInput: There are no key columns, or one is missing.
+    """
+    if not keys:
+        raise InvalidInput("The rows of a table without key columns cannot be told apart; use full_drop.")
+    for table in (data, present):
+        _check_table(table)
+    rows, there = _reader(data).read_all(), _reader(present).read_all()
+    for key in keys:
+        if key not in rows.column_names or key not in there.column_names:
+            raise InvalidInput(f"The key column {key!r} is missing.")
+    keyed = there.select(list(keys)).cast(pyarrow.schema([rows.schema.field(key) for key in keys]))
+    gone = keyed.join(rows.select(list(keys)), list(keys), join_type="left anti")
+    columns = [
+        gone.column(name) if name in keys else pyarrow.nulls(gone.num_rows, rows.schema.field(name).type)
+        for name in rows.column_names
+    ]
+    return rows, pyarrow.table(columns, names=rows.column_names)
+
+
+def _marked(source: Any, schema: Any, marker: int | None, keys: Sequence[str]) -> Iterator[Any]:
+    rows = 0
+    for batch in source:
+        rows += batch.num_rows
+        for key in keys:
+            if batch.column(key).null_count:
+                raise InvalidInput(f"The key column {key!r} holds nulls.")
+        columns = [batch.column(name) for name in schema.names if name != MARKER]
+        if marker is not None:
+            columns.append(pyarrow.array([marker] * batch.num_rows, pyarrow.int32()))
+        elif MARKER in schema.names:
+            given = batch.column(MARKER)
+            wrong = sorted({value for value in given.unique().to_pylist() if value not in _MARKERS.values()}, key=str)
+            if wrong:
+                raise InvalidInput(f"{MARKER!r} is 0, 1, 2 or 4, not {wrong[0]!r}.")
+            if not keys and any(value != 0 for value in given.unique().to_pylist()):
+                raise InvalidInput("A table without key columns takes inserts only.")
+            columns.append(given.cast(pyarrow.int32()))
+        yield pyarrow.RecordBatch.from_arrays(columns, schema=schema)
+    if not rows:
+        raise InvalidInput("There are no rows to write.")
+
+
+def _is_taken(kind: Any) -> bool:
+    """Whether Open Mirroring takes a type: complex ones are to be written as text."""
+    types = pyarrow.types
+    refused = (types.is_nested, types.is_null, types.is_duration, types.is_interval, types.is_float16)
+    return not any(is_such(kind) for is_such in refused)
 
 
 # ---------------------------------------------------------------------------------------------------------- file system

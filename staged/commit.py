@@ -32,6 +32,7 @@ from staged.control import (
     read_record,
     record_key,
     swap,
+    write_manifest,
     write_parts,
 )
 from staged.driver import Driver, Lock
@@ -331,6 +332,14 @@ async def _decide(held: Held, record: TxRecord, work: Work, manifest: Manifest, 
             await _give_back(held)
             return Receipt(record.id, record.mode, "done", key=record.key)
         stop.check()
+        # Named by the attempt too: a loss of power may take back an epoch, and leave its segments behind, half-written.
+        attempt = held.head.nonce[:8]
+        afresh = record.mode is Mode.FULL_DROP
+        arranged = await driver.arrange(record.id, tuple(work.entries), ledger.meta, afresh=afresh)
+        if arranged is not None:
+            work = replace(work, entries=arranged.entries)
+            manifest = await write_manifest(driver, record.id, arranged.entries, f"{epoch}-{attempt}")
+            record = replace(record, meta={**record.meta, **arranged.meta})
         await _check_overlap(held, record, work, ledger)
         plan = await make_plan(held.target, record.id, work)
         if plan.skipped:
@@ -339,8 +348,6 @@ async def _decide(held: Held, record: TxRecord, work: Work, manifest: Manifest, 
         stop.check()
         await held.renew()
         decided = _Decided.of(epoch, record, plan, manifest, held.head.ledger, ledger)
-        # Named by the attempt too: a loss of power may take back an epoch, and leave its segments behind, half-written.
-        attempt = held.head.nonce[:8]
         commit = LedgerEntry(epoch, record.id, attempt, record.key)
         plan_ref = await write_parts(driver, plan_key(commit), decided.parts())
         ledger_ref = await write_parts(driver, f"ledger-{epoch}-{attempt}", [_next_ledger(ledger, record, commit)])
@@ -594,7 +601,7 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
         if header.trees is not None:
             left = await _swap_trees(held, decided, header.trees, resolve)
             foreign = 0
-        else:
+        if header.trees is None or (target.store.clears and not left):
             left = await _publish(held, decided.plan, resolve)
             foreign = await _remove(held, decided.plan.remove)
         receipt = decided.receipt(left, foreign)
@@ -626,20 +633,29 @@ async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Reso
     """Swap the trees; what was left out because something foreign is in the target's place."""
     driver, header = held.target.driver, decided.header
     aside = f"{header.epoch:016d}-{header.transaction}"
-    answer = await driver.swap(header.transaction, trees, aside)
+    answer = await _swap(held, trees, aside)
     if answer in (Answer.FOREIGN, Answer.LOST):
         await held.check()
         if resolve == "replace" and answer is Answer.FOREIGN:
             now = await driver.trees(header.transaction)
-            answer = await driver.swap(header.transaction, Trees(trees.new, now.target), aside)
+            answer = await _swap(held, Trees(trees.new, now.target), aside)
         elif resolve is not None:
             # What is kept out is discarded before the head is freed: nobody may publish it later.
             await driver.discard(header.transaction, [entry.handle for entry in decided.plan.publish], whole=True)
             return decided.plan.publish
     if answer in (Answer.FOREIGN, Answer.LOST):
         raise _blocked(header.transaction, ["."], lost=answer is Answer.LOST)
-    notify(held.target.observers, Published(header.transaction, header.manifest.files))
+    if not held.target.store.clears:
+        notify(held.target.observers, Published(header.transaction, header.manifest.files))
     return ()
+
+
+async def _swap(held: Held, trees: Trees, aside: str) -> Answer:
+    """Swap the trees, however long it takes."""
+    driver, tx = held.target.driver, held.head.transaction or ""
+    while (answer := await driver.swap(tx, trees, aside)) is Answer.PENDING:
+        await held.renew()
+    return answer
 
 
 async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[Entry]:

@@ -22,7 +22,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
-from staged.model import Answer, Capabilities, Entry, Listed, Trees
+from staged.model import Answer, Arranged, Capabilities, Entry, Listed, Trees
 
 __all__ = ["Driver", "Lock", "LogHandle", "Record", "Writer"]
 
@@ -148,6 +148,23 @@ class Driver(ABC):
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         """Discard these staged things; with `whole` all else of the transaction's staging too. What is gone is fine."""
 
+    async def arrange(
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+    ) -> Arranged | None:
+        """Name and order what is to be published, where that is the store's own business; None where it is the caller's.
+
+        Called under the head, before the plan is made, and again where that attempt failed.
+
+        Args:
+            entries: What was staged, in the order in which it was.
+            meta: What earlier commits remember.
+            afresh: Nothing of what is in the target now will stay.
+
+        Raises:
+            StagingError, Conflict: The store would not take it.
+        """
+        return None
+
     async def scratch(self, tx: str) -> str | None:
         """A fresh real directory from which `adopt` moves files into staging without copying; None where there is none."""
         return None
@@ -196,7 +213,8 @@ class Driver(ABC):
         """Put the staged tree in the target's place and the target's aside under the name `old`; durable on return.
 
         Decided by identity: the target is new: ALREADY, and the old one is put aside if that is still to do; the target is
-        the old one and the new one is staged: it is done; else FOREIGN or LOST, and nothing is changed.
+        the old one and the new one is staged: it is done; else FOREIGN or LOST, and nothing is changed. What takes longer
+        than a request answers PENDING after a while, and is called again.
         """
         raise NotImplementedError
 

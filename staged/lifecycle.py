@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 import anyio
+from anyio import to_thread
 
 from staged import commit, paths, planning, states
 from staged._waitout import run_to_end
@@ -32,10 +33,11 @@ from staged.errors import (
     StagedError,
     StagingError,
     StorageError,
+    Unsupported,
     ValidationFailed,
     WrongState,
 )
-from staged.model import Entry, Finished, HeadState, Mode, Plan, Prepared, Receipt, TxRecord, TxState
+from staged.model import Entry, Finished, HeadState, Mode, Plan, Prepared, Receipt, RowMarker, TxRecord, TxState
 from staged.observers import notify
 from staged.planning import Work
 from staged.records import check_key, check_meta
@@ -232,7 +234,47 @@ class Transaction(Staging):
         """
         from staged import arrow
 
+        if self._target.store.keys is not None:
+            data = arrow.with_markers(data, None, self._target.store.keys)
         await arrow.write_table(self, data, self._new_name() if path is None else path, overwrite)
+
+    async def write_changes(self, data: object, row_marker: RowMarker | None = None) -> None:
+        """Stage one file of rows that are inserted, updated or deleted, for Open Mirroring.
+
+        Args:
+            data: Anything with `__arrow_c_stream__`.
+            row_marker: What is done with each row; None where a column `__rowMarker__` says so, by 0 (insert), 1 (update),
+                2 (delete) or 4 (upsert). It is written as the last column.
+
+        Raises:
+            InvalidInput: A key column is missing or holds nulls, a marker is wrong, a column's type is one that the service
+                does not take, or there is no row.
+            Unsupported: The store takes no changes, or pyarrow is not installed (extra `arrow`). Else as `write`.
+        """
+        from staged import arrow
+
+        if (keys := self._target.store.keys) is None:
+            raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
+        await arrow.write_table(self, arrow.with_markers(data, row_marker or "column", keys), self._new_name(), False)
+
+    async def replace_rows(self, data: object, *, present: object) -> None:
+        """Make a table of Open Mirroring hold exactly these rows without dropping it: deletes and upserts in one batch.
+
+        Args:
+            data: The rows, anything with `__arrow_c_stream__`.
+            present: The keys that the table has now, such as a query of it gives; other columns do not count.
+
+        Raises:
+            InvalidInput, Unsupported: As `write_changes`; also where the table has no key columns.
+        """
+        from staged import arrow
+
+        if (keys := self._target.store.keys) is None:
+            raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
+        rows, gone = await to_thread.run_sync(arrow.replacement, data, present, keys)
+        for table, row_marker in ((gone, "delete"), (rows, "upsert")):
+            if table.num_rows:
+                await self.write_changes(table, row_marker)
 
     def parquet_writer(
         self, schema: object, path: str | None = None, *, overwrite: bool = False

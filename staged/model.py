@@ -11,6 +11,7 @@ from staged.errors import InvalidInput
 
 __all__ = [
     "Answer",
+    "Arranged",
     "Capabilities",
     "Decided",
     "Entry",
@@ -35,6 +36,7 @@ __all__ = [
     "Ref",
     "Removed",
     "Resolve",
+    "RowMarker",
     "Staged",
     "Status",
     "TransactionStatus",
@@ -54,6 +56,10 @@ Guarantee = Literal["serialised", "fenced", "no_gap", "one_generation"]
 
 Resolve = Literal["keep", "replace"]
 """What `recover` does about a foreign thing in the way of a decided commit: leave it, or put ours in its place."""
+
+
+RowMarker = Literal["insert", "update", "delete", "upsert"]
+"""What Open Mirroring does with a row: add it unseen, or update, delete or update-or-add the one with its keys."""
 
 
 class Mode(StrEnum):
@@ -124,13 +130,23 @@ class Answer(StrEnum):
     """What became of one entry that was published or removed.
 
     `DONE`: by this call. `ALREADY`: by an earlier one. `FOREIGN`: something that is not ours is there, and was left.
-    `LOST`: our staged thing is gone and what is at its name is not ours.
-    """
-
+XX
     DONE = "done"
     ALREADY = "already"
     FOREIGN = "foreign"
     LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """Staged files under the names that their store gives them, in the order in which they are published.
+
+    Attributes:
+        meta: What it remembers with the commit.
+    """
+
+    entries: tuple[Entry, ...]
+    meta: dict[str, object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +157,9 @@ class Capabilities:
         fence: How a writer that lost its turn is kept from acting late: by an operating-system `lock` that its death
             drops, because every step has `consumed` its source, or by `time` alone.
         swaps_trees: The whole target can be replaced by its tree's identity.
+        clears: Such a swap only puts the old tree aside: what is new is published by entries after it.
+        adds_only: What was published is never changed: no modes that replace files or partitions, and no deletes.
+        keys: The key columns of a store that takes rows marked as inserted, updated or deleted; None elsewhere.
         folds: Names that differ only in case or Unicode form are one name.
         nests: A file's name cannot be a directory's at the same time, as in a file system.
         strict_overlap: Every mode conflicts with what was committed since it began (S3, Azure Blob).
@@ -150,6 +169,9 @@ class Capabilities:
 
     fence: Literal["lock", "consumed", "time"]
     swaps_trees: bool
+    clears: bool = False
+    adds_only: bool = False
+    keys: tuple[str, ...] | None = None
     folds: bool = False
     nests: bool = True
     strict_overlap: bool = False

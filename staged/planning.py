@@ -69,6 +69,8 @@ def check(work: Work, store: Capabilities) -> None:
         raise StagingError(
             f"Nothing was staged, and mode {work.mode.value!r} would remove what is there. Pass allow_empty=True to mean it."
         )
+    if work.deletes and store.adds_only:
+        raise InvalidInput(f"{work.deletes[0]!r} cannot be deleted: this store keeps what was published as it is.")
     key: Callable[[str], str] = fold if store.folds else str
     staged = {key(entry.path) for entry in work.entries}
     if store.nests:

@@ -45,6 +45,12 @@ _DRIVERS = (
     (r"file://", "staged.drivers.local", "LocalDriver", ""),
     (r"memory://", "staged.drivers.memory", "MemoryDriver", ""),
     (
+        r"(abfss?://[^/]*@|https://)[a-z0-9-]*onelake\.dfs\.fabric\.microsoft\.com/.*/Files/LandingZone/",
+        "staged.drivers.open_mirroring",
+        "OpenMirroringDriver",
+        "adls",
+    ),
+    (
         r"(abfss?://[^/]*@|https://)[a-z0-9-]*onelake\.dfs\.fabric\.microsoft\.com/",
         "staged.drivers.onelake",
         "OneLakeDriver",
@@ -87,7 +93,8 @@ def open_store(
 def _driver_of(scheme: str, rest: str) -> tuple[Callable[..., Driver], str]:
     """The driver of a URL or a path, and its first argument."""
     # A host is the same in capitals.
-    url = f"{scheme or 'file'}://{rest.partition('/')[0].lower()}/"
+    host, _, path = rest.partition("/")
+    url = f"{scheme or 'file'}://{host.lower()}/{path}"
     for pattern, module, name, extra in _DRIVERS:
         if re.match(pattern, url):
             try:
@@ -336,6 +343,11 @@ class Store:
     async def _begin(self, options: Options, require: frozenset[Guarantee], *, block: bool) -> Transaction:
         try:
             target = await self._probed()
+            if target.store.adds_only and options.mode in (Mode.OVERWRITE_FILES, Mode.OVERWRITE_PARTITIONS):
+                raise Unsupported(
+                    f"{self.url} keeps what was published as it is; mode {options.mode.value!r} would replace files. Nothing "
+                    "was begun."
+                )
             missing = require - target.store.guarantees.get(options.mode, frozenset())
             if missing:
                 raise Unsupported(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Concatenate, Generic, ParamSpec, Protocol, Typ
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from staged import lifecycle, staging
+from staged import lifecycle, mirroring, staging
 from staged import store as stores
 from staged.driver import Driver
 from staged.errors import WrongState
@@ -31,7 +31,7 @@ from staged.states import Phase
 if TYPE_CHECKING:
     from staged.arrow import ParquetWriter as AsyncParquetWriter
 
-__all__ = ["Block", "ParquetWriter", "Readable", "StagedFile", "Store", "Transaction", "open_store"]
+__all__ = ["Block", "ParquetWriter", "Readable", "StagedFile", "Store", "Transaction", "open_mirror", "open_store"]
 
 A_co = TypeVar("A_co", covariant=True)
 P = ParamSpec("P")
@@ -46,6 +46,17 @@ def open_store(
 ) -> Store:
     """Open a store, as `staged.open_store` does; close it with `with` or `close`."""
     return Store(_Loop(), stores.open_store(target, observers=observers, **options))
+
+
+def _opened(opener: Callable[P, stores.Store]) -> Callable[P, Store]:
+    @wraps(opener)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Store:
+        return Store(_Loop(), opener(*args, **kwargs))
+
+    return call
+
+
+open_mirror = _opened(mirroring.open_mirror)
 
 
 @runtime_checkable
@@ -241,6 +252,8 @@ class Transaction(_Face[lifecycle.Transaction]):
     write = _method(lifecycle.Transaction.write)
     put_file = _method(lifecycle.Transaction.put_file)
     write_table = _method(lifecycle.Transaction.write_table)
+    write_changes = _method(lifecycle.Transaction.write_changes)
+    replace_rows = _method(lifecycle.Transaction.replace_rows)
     delete = _method(lifecycle.Transaction.delete)
     plan = _method(lifecycle.Transaction.plan)
     prepare = _method(lifecycle.Transaction.prepare)

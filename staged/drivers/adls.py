@@ -69,6 +69,8 @@ class AdlsDriver(Driver):
 
     rename_options: Mapping[str, Any] = MappingProxyType({})
     """What else the SDK is told at a rename."""
+    own: Collection[str] = ()
+    """Names under which the driver itself stages something once a transaction is sealed."""
 
     def __init__(
         self,
@@ -230,6 +232,8 @@ class AdlsDriver(Driver):
                 staged = [found async for page in pages for found in page if not found.is_dir]
         for found in staged:
             entry = left.pop(found.path, None)
+            if entry is None and found.path in {join(sealed, name) for name in self.own}:
+                continue
             if entry is None:
                 raise StagingError(f"The staging holds {found.path!r}, which was not recorded.")
             if (entry.identity, entry.size) != (found.identity, found.size):

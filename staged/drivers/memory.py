@@ -14,10 +14,12 @@ from typing import Literal
 from staged import paths
 from staged.driver import Driver, LogHandle, Record
 from staged.errors import Conflict, InvalidInput, InvalidPath, StagingError
-from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
+from staged.model import Answer, Arranged, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, fold, join
 
 __all__ = ["MemoryDriver", "MemoryStorage"]
+
+Swap = Literal["exchange", "renames", "clears"]
 
 _PAGE = 1_000
 
@@ -78,7 +80,8 @@ class MemoryDriver(Driver):
         path: The target; `memory://name/…` shares one storage per first part within this process.
         storage: Instead of the shared one.
         fence: "lock" drops a dead process's hold at once; "consumed" tells death by silence.
-        swap: How trees are swapped: in one step ("exchange", as local), in two ("renames", as ADLS), or not at all.
+        swap: How trees are swapped: in one step ("exchange", as local), in two ("renames", as ADLS), by putting the old
+            one aside only ("clears", as Open Mirroring), or not at all.
         folds: Names that differ only in case or Unicode form are one.
         period: Seconds of silence after which a holder is taken for dead.
         step: Awaited before each single change, so that a simulation can stop in the middle of a bulk call.
@@ -90,7 +93,7 @@ class MemoryDriver(Driver):
         *,
         storage: MemoryStorage | None = None,
         fence: Literal["lock", "consumed"] = "lock",
-        swap: Literal["exchange", "renames"] | None = "exchange",
+        swap: Swap | None = "exchange",
         folds: bool = False,
         period: float = 30.0,
         step: Callable[[str], Awaitable[None]] | None = None,
@@ -103,7 +106,7 @@ class MemoryDriver(Driver):
         self.url = f"memory://{self._path}"
         self._storage = storage if storage is not None else _named.setdefault(self._path.split("/")[0], MemoryStorage())
         self._fence: Literal["lock", "consumed"] = fence
-        self._swap: Literal["exchange", "renames"] | None = swap
+        self._swap: Swap | None = swap
         self._folds = folds
         self._period = period
         self._step_hook = step
@@ -117,9 +120,12 @@ class MemoryDriver(Driver):
             guarantees[Mode.FULL_DROP] = frozenset([*always, "one_generation"])
         elif self._swap == "renames":
             guarantees[Mode.FULL_DROP] = frozenset({"serialised", "fenced", "one_generation"})
+        elif self._swap == "clears":
+            guarantees[Mode.FULL_DROP] = frozenset({"serialised", "fenced"})
         return Capabilities(
             fence=self._fence,
             swaps_trees=self._swap is not None,
+            clears=self._swap == "clears",
             folds=self._folds,
             period=self._period,
             guarantees=guarantees,
@@ -205,6 +211,12 @@ class MemoryDriver(Driver):
                 raise StagingError(f"{entry.path!r} is no longer staged as it was recorded.")
         if len(staged) != len(entries):
             raise StagingError("The staging holds what was not recorded.")
+
+    async def arrange(
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+    ) -> Arranged | None:
+        # An order of its own, for one kind of store, so that what is arranged is explored as well.
+        return Arranged(tuple(reversed(entries)), {}) if self._swap == "clears" else None
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         staged = self._uploads(tx)
@@ -295,12 +307,14 @@ class MemoryDriver(Driver):
             return answer
         if self._tree() is not None:
             self._storage.aside[self._key(f"old/{old}")] = self._take()
+            if self._swap == "clears":
+                return Answer.PENDING
             if self._swap == "renames":
                 await self._step("swap: the new tree in")
                 answer = self._swap_to_do(tx, trees)
                 if answer is not None:
                     return answer
-        staged = self._storage.uploads.pop(self._key(tx), {})
+        staged = {} if self._swap == "clears" else self._storage.uploads.pop(self._key(tx), {})
         self._storage.files.update(
             {join(self._path, upload.path): upload.blob for upload in staged.values() if upload.blob}
         )

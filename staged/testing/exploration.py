@@ -178,13 +178,13 @@ class MemoryHarness(Harness):
         self,
         *,
         fence: Literal["lock", "consumed"] = "lock",
-        swap: Literal["exchange", "renames"] | None = "exchange",
+        swap: Swap | None = "exchange",
         folds: bool = False,
         period: float = 30.0,
     ) -> None:
         self.storage = MemoryStorage()
         self.fence: Literal["lock", "consumed"] = fence
-        self.swap: Literal["exchange", "renames"] | None = swap
+        self.swap: Swap | None = swap
         self._make = functools.partial(
             MemoryDriver, "target", storage=self.storage, fence=fence, swap=swap, folds=folds, period=period
         )
@@ -221,6 +221,7 @@ KINDS = (
     Kind("entries under a lock", functools.partial(MemoryHarness, fence="lock", swap=None)),
     Kind("two renames, fenced by consuming", functools.partial(MemoryHarness, fence="consumed", swap="renames")),
     Kind("entries, fenced by consuming", functools.partial(MemoryHarness, fence="consumed", swap=None)),
+    Kind("cleared first, fenced by consuming", functools.partial(MemoryHarness, fence="consumed", swap="clears")),
 )
 
 

@@ -17,7 +17,7 @@ import anyio
 
 from staged.driver import Driver, Lock, LogHandle, Record, Writer
 from staged.errors import InvalidInput, StagedError, StorageError
-from staged.model import Answer, Capabilities, Entry, Listed, Trees
+from staged.model import Answer, Arranged, Capabilities, Entry, Listed, Trees
 
 __all__ = ["FAULTS", "Crash", "Fault", "FaultDriver", "Gate", "Kind", "Moment", "Plan"]
 
@@ -212,6 +212,11 @@ class FaultDriver(Driver):
 
     async def discard(self, tx: str, handles: Collection[str], *, whole: bool) -> None:
         await self._through("discard", lambda: self.inner.discard(tx, handles, whole=whole))
+
+    async def arrange(
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+    ) -> Arranged | None:
+        return await self._through("arrange", lambda: self.inner.arrange(tx, entries, meta, afresh=afresh))
 
     async def scratch(self, tx: str) -> str | None:
         return await self._through("scratch", lambda: self.inner.scratch(tx), sent=False)

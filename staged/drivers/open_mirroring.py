@@ -1,0 +1,297 @@
+"""Open Mirroring of Microsoft Fabric: a table's folder in the landing zone of a mirrored database, which the service reads.
+
+The folder is read while it is written, so the order is part of the commit: `_metadata.json` first, then the files from the
+highest index down, so that all of a batch becomes readable when its lowest index is there. Indexes are given under the head:
+they begin at 1, have no gap and are never used again. The service moves what it has read away; a staged file that is neither
+staged nor in its place was published and read.
+
+A full_drop puts the folder aside, waits until the service has dropped the table, and then begins anew at 1.
+
+    Files/LandingZone/[<schema>.schema/]<table>/…                 the target
+    Files/_tmp/[<schema>.schema/]<table>/…                        its control area, as of any lake
+
+Facts: "Open mirroring landing zone requirements and format" and "Best practices for open mirroring", Microsoft Learn, 2026.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+import msgspec
+from azure.storage.filedatalake.aio import DataLakeServiceClient
+
+from staged.drivers._cloud import mapped
+from staged.drivers.onelake import OneLakeDriver
+from staged.errors import Conflict, InvalidInput, StagingError, StorageError, Unsupported
+from staged.model import Answer, Arranged, Capabilities, Entry, Mode, Trees
+
+if TYPE_CHECKING:
+    from staged.drivers._azure import Credential
+
+__all__ = ["OpenMirroringDriver"]
+
+METADATA = "_metadata.json"
+PARTNER = "_partnerEvents.json"
+LAST_INDEX = "last_index"
+"""The name in a commit's meta under which the last index given is remembered."""
+_ZONE = "Files/LandingZone"
+_READ = ("", "/_ProcessedFiles", "/_FilesReadyToDelete")
+"""Where the service leaves files of a table, in the order in which it moves them."""
+_INDEXED = re.compile(r"[0-9]{20}\.parquet")
+_OURS = re.compile(r"part-[0-9a-f]+-[0-9]+\.parquet")
+_TABLE = re.compile(r"([^/.]+\.schema/)?[^/_.][^/]*")
+
+
+class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The content of `_metadata.json` that matters here."""
+
+    keyColumns: tuple[str, ...] = ()  # noqa: N815 - the service's names
+    fileDetectionStrategy: Literal["SequentialFileName", "LastUpdateTimeFileDetection"] = "SequentialFileName"  # noqa: N815
+    isUpsertDefaultRowMarker: bool = False  # noqa: N815
+
+
+class _Listed(msgspec.Struct, frozen=True):
+    sourceTableName: str  # noqa: N815
+    sourceSchemaName: str | None = None  # noqa: N815
+
+
+class _Monitored(msgspec.Struct, frozen=True):
+    tables: list[_Listed]
+
+
+class OpenMirroringDriver(OneLakeDriver):
+    """One table of a landing zone.
+
+    Args:
+        path: `abfss://workspace@onelake.dfs.fabric.microsoft.com/item/Files/LandingZone/table`, or with `schema.schema/`
+            before the table. A landing zone itself can only be opened for its children.
+        keys: The key columns; none for rows that are only ever inserted. Where the table is there, they may be left out,
+            and may not be others. For a landing zone, a mapping from a child's path to its keys.
+        detection: How the service finds files: by "sequence", or by "update_time", where names are free and order is none.
+        upserts: Rows without a marker are upserts, not inserts.
+        partner: What `_partnerEvents.json` says if the landing zone has none yet.
+        scratch: Where the control areas lie: "_tmp" beside the landing zone, or its "_scratchPad".
+        drop_timeout: Seconds for which a full_drop waits for the service to drop the table.
+        drop_wait: Wait so many seconds instead, and do not ask the service.
+        drop_poll: Seconds between two looks.
+
+    The others are those of `AdlsDriver`.
+    """
+
+    own = frozenset({METADATA})
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        keys: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+        detection: Literal["sequence", "update_time"] = "sequence",
+        upserts: bool = False,
+        partner: Mapping[str, object] | None = None,
+        scratch: Literal["_tmp", "_scratchPad"] = "_tmp",
+        drop_timeout: float = 900.0,
+        drop_wait: float | None = None,
+        drop_poll: float = 2.0,
+        credential: Credential | None = None,
+        client: DataLakeServiceClient | None = None,
+        limit: int = 16,
+        period: float = 30.0,
+    ) -> None:
+        if isinstance(keys, str) or detection not in ("sequence", "update_time") or scratch not in ("_tmp", "_scratchPad"):
+            raise InvalidInput(
+                'keys= is a list of columns, detection= is "sequence" or "update_time", scratch= "_tmp" or "_scratchPad".'
+            )
+        self._all_keys = keys
+        self._detection, self._upserts, self._partner, self._scratch = detection, upserts, partner, scratch
+        self._drop_timeout, self._drop_wait, self._drop_poll = drop_timeout, drop_wait, drop_poll
+        super().__init__(path, credential=credential, client=client, limit=limit, period=period)
+
+    def _place(self, path: str) -> None:
+        super()._place(path)
+        self._item, zone, table = path.partition(f"/{_ZONE}")
+        self._zone, self._table = f"{self._item}{zone}", table.lstrip("/")
+        if not zone:
+            raise InvalidInput(f"{self.url} is not in a landing zone, such as item/{_ZONE}/table.")
+        above = f"{self._item}/Files" if self._scratch == "_tmp" else self._zone
+        self._control = f"{above}/{self._scratch}/{self._table}"
+        keys = self._all_keys.get(self._table) if isinstance(self._all_keys, Mapping) else self._all_keys
+        self._keys = None if keys is None else tuple(keys)
+
+    async def probe(self) -> Capabilities:
+        if not _TABLE.fullmatch(self._table):
+            raise Unsupported(f"{self.url} is no table of a landing zone: name one, or open a child.")
+        found = await super().probe()
+        with mapped():
+            there = await self._metadata()
+        kept = there.keyColumns if there is not None else ()
+        guarantees = {mode: given - {"one_generation"} for mode, given in found.guarantees.items()}
+        guarantees[Mode.FULL_DROP] -= {"no_gap"}
+        return replace(
+            found,
+            swaps_trees=True,
+            clears=True,
+            adds_only=True,
+            keys=kept if self._keys is None else self._keys,
+            guarantees=guarantees,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ names and order
+
+    async def arrange(
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+    ) -> Arranged | None:
+        if not entries:
+            return None
+        with mapped():
+            there = None if afresh else await self._metadata()
+            last = 0 if afresh else await self._last_index(meta)
+            first = [] if self._agrees(there) else [await self._stage_metadata(tx)]
+        for entry in entries:
+            if entry.size == 0:
+                raise StagingError(f"{entry.path!r} is empty: the service would wait for another file of that name.")
+        if self._detection == "update_time":
+            for entry in entries:
+                if "/" in entry.path or entry.path.startswith("_") or not entry.path.endswith(".parquet"):
+                    raise StagingError(f"{entry.path!r} is not the name of a Parquet file that the service looks for.")
+            return Arranged((*first, *entries), {})
+        named = [_named(entry, index) for index, entry in enumerate(entries, last + 1)]
+        # The lowest last: the service waits for it, and finds all of them.
+        return Arranged((*first, *reversed(named)), {LAST_INDEX: last + len(named)})
+
+    async def _metadata(self) -> _Metadata | None:
+        """What the table's `_metadata.json` says."""
+        found = await self._lake.get(f"{self._path}/{METADATA}")
+        if found is None:
+            return None
+        try:
+            return msgspec.json.decode(found[0], type=_Metadata)
+        except msgspec.MsgspecError as error:
+            raise StorageError(f"{METADATA} of {self.url} is not what the service takes: {error}") from error
+
+    def _wanted(self) -> _Metadata:
+        strategies: dict[str, Any] = {"sequence": "SequentialFileName", "update_time": "LastUpdateTimeFileDetection"}
+        return _Metadata(self._keys or (), strategies[self._detection], self._upserts)
+
+    def _agrees(self, there: _Metadata | None) -> bool:
+        """Whether the table has the metadata that is asked for; False where it has none."""
+        if there is None:
+            if self._keys is None:
+                raise StagingError(f"{self.url} has no {METADATA} yet: pass keys=[…], or keys=[] for rows without keys.")
+            return False
+        wanted = self._wanted()
+        if self._keys is None:
+            wanted = msgspec.structs.replace(wanted, keyColumns=there.keyColumns)
+        if there != wanted:
+            raise Conflict(
+                f"The {METADATA} of {self.url} says {_said(there)}, and was opened with {_said(wanted)}. That cannot be "
+                "changed but by a full_drop.",
+                retryable=False,
+            )
+        return True
+
+    async def _last_index(self, meta: Mapping[str, object]) -> int:
+        """The last index that was ever given in this folder."""
+        if await self._lake.head(self._path) is None:
+            return 0
+        # In the order in which files move on, so that none is missed on its way.
+        names = [name for place in _READ for name in await self._names(f"{self._path}{place}")]
+        remembered = meta.get(LAST_INDEX)
+        indexes = [int(name[:20]) for name in names if _INDEXED.fullmatch(name)]
+        return max([remembered if isinstance(remembered, int) else 0, *indexes])
+
+    async def _stage_metadata(self, tx: str) -> Entry:
+        body = msgspec.json.encode(self._wanted())
+        identity = await self._lake.write(f"{self._tree(tx, sealed=True)}/{METADATA}", body, tx)
+        return Entry(METADATA, len(body), identity, METADATA, rows=0)
+
+    # -------------------------------------------------------------------------------------------------------------- publish
+
+    async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
+        await self._announce()
+        first = 1 if entries and entries[0].path == METADATA else 0
+        last = max(first, len(entries) - 1)
+        answers: list[Answer] = []
+        for batch in (entries[:first], entries[first:last], entries[last:]):
+            answers += await super().publish(tx, batch, replaces)
+        return [
+            Answer.ALREADY if answer is Answer.LOST and await self._is_read(entry) else answer
+            for entry, answer in zip(entries, answers, strict=True)
+        ]
+
+    async def _is_read(self, entry: Entry) -> bool:
+        """Whether a file that is no longer staged is not in its place either: then the service has read it."""
+        with mapped():
+            return await self._lake.head(f"{self._path}/{entry.path}") is None
+
+    async def _announce(self) -> None:
+        """Say who publishes, if nobody did; the file belongs to all tables."""
+        if self._partner is not None:
+            with mapped():
+                await self._lake.put(f"{self._zone}/{PARTNER}", msgspec.json.encode(dict(self._partner)), replaces=None)
+
+    # ---------------------------------------------------------------------------------------------------------- full_drop
+
+    async def trees(self, tx: str) -> Trees:
+        with mapped():
+            target = await self._lake.head(self._path)
+        return Trees("", None if target is None else target.identity)
+
+    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+        kept = f"{self._control}/old/{old}"
+        with mapped():
+            await self._lake.make_directory(kept)
+            target = await self._lake.head(self._path)
+            if target is not None and target.identity != trees.target:
+                # Made anew once the table was dropped, by us or by whoever was faster; or something else came before that.
+                aside = await self._lake.head(f"{kept}/tree")
+                moved = trees.target is None or (aside is not None and aside.identity == trees.target)
+                return Answer.ALREADY if moved else Answer.FOREIGN
+            if target is not None:
+                refused = await self._try_rename(self._path, target.identity, f"{kept}/tree")
+                why = f"its folder could not be put aside ({refused})" if refused is not None else ""
+            else:
+                why = "" if await self._is_dropped(kept) else "the service has not dropped it"
+                if not why:
+                    await self._lake.make_directory(self._path)
+                    return Answer.DONE
+            if why and await self._waited(kept) > self._drop_timeout:
+                raise StorageError(
+                    f"The full_drop of {self.url} waits since {self._drop_timeout:g} seconds: {why}.", retryable=True
+                )
+        await anyio.sleep(self._drop_poll if why else 0)
+        return Answer.PENDING
+
+    async def _waited(self, kept: str) -> float:
+        return await self._lake.age(kept) or 0.0
+
+    async def _is_dropped(self, kept: str) -> bool:
+        """Whether the service no longer has the table, by what it says or by the time that went by."""
+        if self._drop_wait is not None:
+            return await self._waited(kept) >= self._drop_wait
+        found = await self._lake.get(f"{self._item}/Files/Monitoring/tables.json")
+        if found is None:
+            raise StorageError(
+                f"The service says nothing of its tables for {self.url}; pass drop_wait=, the seconds to wait for it instead."
+            )
+        try:
+            told = msgspec.json.decode(found[0], type=_Monitored)
+        except msgspec.MsgspecError:
+            return False  # it is being written
+        schema, _, table = self._table.rpartition(".schema/")
+        return all((listed.sourceSchemaName or "", listed.sourceTableName) != (schema, table) for listed in told.tables)
+
+
+def _said(metadata: _Metadata) -> str:
+    return msgspec.json.encode(metadata).decode()
+
+
+def _named(entry: Entry, index: int) -> Entry:
+    """An entry under its index."""
+    name = f"{index:020d}.parquet"
+    if entry.path != name and not _OURS.fullmatch(entry.path):
+        raise StagingError(f"{entry.path!r} is not the sequence's next name, which is {name!r}; leave names to the store.")
+    return replace(entry, path=name)
