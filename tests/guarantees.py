@@ -22,6 +22,7 @@ from staged.drivers.adls import AdlsDriver
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.drivers.onelake import OneLakeDriver
+from staged.drivers.open_mirroring import OpenMirroringDriver
 from staged.model import Guarantee, Mode
 
 README = Path(__file__).parent.parent / "README.md"
@@ -46,6 +47,7 @@ def lakes(*, onelake: bool, conditions: bool = True) -> DfsServer:
     server = DfsServer(onelake=onelake, conditions=conditions).__enter__()
     if onelake:
         server.add_item("sales", "x.Lakehouse")
+        server.add_item("sales", "x.MountedRelationalDatabase")
     else:
         server.namespace.create_filesystem("sales")
     return server
@@ -60,6 +62,11 @@ def onelake(path: str, *, conditions: bool = True) -> Driver:
     return OneLakeDriver(f"{server.url}/sales/x.Lakehouse/Files{path}", credential="sig=1")
 
 
+def open_mirroring(path: str) -> Driver:
+    zone = f"{lakes(onelake=True).url}/sales/x.MountedRelationalDatabase/Files/LandingZone"
+    return OpenMirroringDriver(f"{zone}/t{path.rpartition('/')[2]}", keys=["id"], credential="sig=1")
+
+
 STORES: dict[str, Callable[[str], Driver]] = {
     "local directory": lambda path: Local(path, swaps=True),
     "local directory, file by file": lambda path: Local(path, swaps=False),
@@ -67,6 +74,7 @@ STORES: dict[str, Callable[[str], Driver]] = {
     "ADLS Gen2, a whole file system": lambda path: adls(""),
     "OneLake, a directory": onelake,
     "OneLake, were it to ignore conditions": lambda path: onelake(path, conditions=False),
+    "Open Mirroring, a table": open_mirroring,
     "memory, for tests": lambda path: MemoryDriver(storage=MemoryStorage()),
 }
 
@@ -95,8 +103,8 @@ async def declared(store: str, path: str) -> list[Row]:
     async with open_store(STORES[store](path)) as opened:
         promises = (await opened.capabilities()).guarantees
     alike: dict[frozenset[Guarantee], list[Mode]] = {}
-    for mode in Mode:
-        alike.setdefault(promises.get(mode, frozenset()), []).append(mode)
+    for mode, promised in promises.items():
+        alike.setdefault(promised, []).append(mode)
     return [
         Row(store, tuple(modes), promised) for promised, modes in sorted(alike.items(), key=lambda row: len(row[1]))
     ]

@@ -40,7 +40,7 @@ class Mirror:
 
     def driver(self, table: str = "t", **options: Any) -> OpenMirroringDriver:
         """Another process's driver."""
-        given = {"keys": ["id"], "credential": SAS, "period": 0.5, "drop_poll": 0.01} | options
+        given = {"keys": ["id"], "credential": SAS, "period": 0.2, "drop_poll": 0.01} | options
         return OpenMirroringDriver(f"{self.url}/Files/LandingZone/{table}".rstrip("/"), **given)
 
     def settle(self, polls: int = 12) -> None:

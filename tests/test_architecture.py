@@ -31,6 +31,7 @@ LAYERS: list[set[str]] = [
     {"recovery"},
     {"lifecycle"},
     {"store"},
+    {"mirroring"},
     {"arrow", "progress"},
     {"sync"},
     {"cli", "demo", "__main__", "__init__"},
@@ -49,6 +50,7 @@ BESIDE = {
 ON_USE = {
     ("pinning", "fcntl"),
     ("lifecycle", "staged.arrow"),
+    ("mirroring", "staged.drivers.open_mirroring"),
     ("_waitout", "asyncio"),
     ("_waitout", "trio"),
     ("cli", "staged.demo"),
@@ -235,7 +237,7 @@ def _declared(extra: str | None = None) -> set[str]:
 def test_every_third_party_that_is_imported_is_declared() -> None:
     assert _declared() == CORE
     brings = {"arrow": "arrow", "cli": "cli", "__main__": "cli", "demo": "demo"}
-    brings |= {f"drivers.{name}": "adls" for name in ("adls", "onelake", "_lake", "_azure", "_cloud")}
+    brings |= {f"drivers.{name}": "adls" for name in ("adls", "onelake", "open_mirroring", "_lake", "_azure", "_cloud")}
     missing = []
     for found in IMPORTS:
         if found.package in sys.stdlib_module_names or found.ours or found.for_types:

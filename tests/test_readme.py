@@ -9,6 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import polars
 import pyarrow as pa
 import pytest
 from anyio import to_thread
+from dfs import DfsServer
 from pyarrow.dataset import write_dataset
 
 import staged.sync
@@ -69,13 +71,23 @@ async def what_it_uses(block: str, root: Path) -> dict[str, Any]:
         **{"to_thread": to_thread, "open_store": open_store, "write_dataset": write_dataset, "Receipt": Receipt},
         **{"DriverConformance": DriverConformance, "Harness": Harness, "MyHarness": MemoryDriver},
         **{"table": TABLE, "frame": polars.DataFrame(TABLE), "batch": TABLE.to_batches()[0], "chunks": chunks()},
+        **{"changed": pa.table({"id": [1], "v": ["a"]}), "gone": pa.table({"id": [2], "v": ["b"]})},
         **{"store": open_store(lake), "lake": lake, "at_once": 4, "tables": {"a": read, "b": read}},
     }
 
 
+@pytest.fixture
+def mirrored() -> Iterator[str]:
+    """The address of a mirrored database."""
+    with DfsServer(onelake=True) as server:
+        server.add_item("workspace", "sales.MountedRelationalDatabase")
+        yield f"{server.url}/workspace/sales.MountedRelationalDatabase?sig=1"
+
+
 @pytest.mark.parametrize("block", PYTHON, ids=first_lines(PYTHON))
-def test_every_python_snippet_runs(block: str, tmp_path: Path) -> None:
+def test_every_python_snippet_runs(block: str, tmp_path: Path, mirrored: str) -> None:
     names = anyio.run(what_it_uses, block, tmp_path)
+    block = re.sub(r"abfss://workspace@onelake[^\"]*", mirrored, block)
     code = compile(elsewhere(block, tmp_path), "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if code.co_flags & inspect.CO_COROUTINE:
         anyio.run(partial(eval, code, names))

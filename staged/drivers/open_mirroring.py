@@ -128,8 +128,8 @@ class OpenMirroringDriver(OneLakeDriver):
         with mapped():
             there = await self._metadata()
         kept = there.keyColumns if there is not None else ()
-        guarantees = {mode: given - {"one_generation"} for mode, given in found.guarantees.items()}
-        guarantees[Mode.FULL_DROP] -= {"no_gap"}
+        replacing = (Mode.OVERWRITE_FILES, Mode.OVERWRITE_PARTITIONS)
+        guarantees = {mode: given for mode, given in found.guarantees.items() if mode not in replacing}
         return replace(
             found,
             swaps_trees=True,
