@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -636,6 +637,34 @@ def test_what_is_stored_can_be_looked_at_and_changed_behind_the_service(server: 
     assert (heard.header("ETag"), heard.header("Content-Length")) == (f'"{made.etag}"', "1")
     server.namespace.rename(("fs", "d/a"), ("fs", "b"), conditions=Conditions(none_match="*"))
     assert Wire(server).ask("HEAD", "/fs/d/a").status == 404
+
+
+def test_what_is_called_runs_between_requests_in_the_servers_thread(server: DfsServer) -> None:
+    called: list[tuple[int, int, bool]] = []
+
+    def note(number: int) -> None:
+        called.append((number, threading.get_ident(), server.namespace.get("fs", "a") is None))
+
+    server.before = note
+    for _ in range(2):
+        Wire(server).ask("PUT", "/fs/a", FILE)
+    thread = server.call(threading.get_ident)
+    assert thread != threading.get_ident()
+    assert called == [(0, thread, True), (1, thread, False)]
+
+
+def test_what_is_in_use_is_neither_deleted_nor_renamed_nor_is_what_is_above_it(server: DfsServer) -> None:
+    server.namespace.create("fs", "d/used/a")
+    server.namespace.create("fs", "d/used2")
+    server.namespace.busy.add(("fs", "d/used"))
+    refused = (409, "LeaseAlreadyPresent")
+    for path in ("/fs/d/used", "/fs/d"):
+        assert code(Wire(server).ask("DELETE", path, {"recursive": "true"})) == refused
+        assert code(Wire(server).ask("PUT", "/fs/e", {}, {"x-ms-rename-source": path})) == refused
+    assert Wire(server).ask("PUT", "/fs/d/used/b", {}, {"x-ms-rename-source": "/fs/d/used/a"}).status == 201
+    assert Wire(server).ask("DELETE", "/fs/d/used2").status == 200
+    server.namespace.busy.clear()
+    assert Wire(server).ask("DELETE", "/fs/d/used", {"recursive": "true"}).status == 200
 
 
 def test_it_serves_in_a_process_of_its_own() -> None:

@@ -137,6 +137,9 @@ class Namespace:
         now: The clock, in seconds since 1970; all times and leases go by it.
         soft_delete: Keep what is deleted, so that it can be undeleted.
         page: Paths that one request of a recursive delete or a directory rename looks at; more take a continuation.
+
+    Attributes:
+        busy: What a service over the storage has in use: it is neither deleted nor renamed, nor is what is above it.
     """
 
     def __init__(
@@ -147,6 +150,7 @@ class Namespace:
         self.page = page
         self.filesystems: dict[str, Filesystem] = {}
         self.deleted: dict[str, Deleted] = {}
+        self.busy: set[Place] = set()
         self._etags = (f"0x8DC{number:012X}" for number in count(1))
         self._deletions = (str(133_000_000_000_000_000 + number) for number in count(1))
 
@@ -440,6 +444,9 @@ class Namespace:
         return node, name
 
     def _remove(self, filesystem: str, path: str) -> None:
+        gone = segments(path)
+        if any(where == filesystem and segments(used)[: len(gone)] == gone for where, used in self.busy):
+            raise Refused("LeaseAlreadyPresent")  # never recorded; that a delete may fail is documented
         parent, name = self._parent(filesystem, path, make=False)
         parent.take(name)
 

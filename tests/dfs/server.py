@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from email.utils import formatdate
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 from urllib.parse import unquote
 
 from aiohttp import web
@@ -19,6 +19,8 @@ from .faults import Fault, Plan
 from .namespace import Namespace, segments
 from .onelake import OneLake
 from .service import Answer, Request, Service, route
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,7 @@ class DfsServer:
         namespace: What is stored, to be looked into while no request is under way.
         counts: Requests by verb, without those that a fault added.
         log: What came, in order.
+        before: Called with each request's number before it is looked at, in the server's thread.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class DfsServer:
         self.plan = Plan(plan) if isinstance(plan, str) else plan
         self.counts: Counter[str] = Counter()
         self.log: list[Logged] = []
+        self.before: Callable[[int], None] = lambda number: None
         self.url = ""
         self._port = port
         self._late: list[tuple[int, Request]] = []
@@ -102,6 +106,14 @@ class DfsServer:
     def replay(self) -> None:
         """Let every replay arrive that is still under way, as it may after the death of its sender."""
         asyncio.run_coroutine_threadsafe(self._arrive(None), self._loop).result()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function in the server's thread, between two requests."""
+
+        async def called() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(called(), self._loop).result()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -154,6 +166,7 @@ class DfsServer:
         number, of_verb = self.counts.total(), self.counts[verb]
         self.counts[verb] += 1
         await self._arrive(number)
+        self.before(number)
         fault = self.plan.at(number, verb, of_verb)
         answer = await self._befallen(fault, number, request)
         note = str(fault or "")
