@@ -272,9 +272,10 @@ class Transaction(Staging):
         if (keys := self._target.store.keys) is None:
             raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
         rows, gone = await to_thread.run_sync(arrow.replacement, data, present, keys)
-        for table, row_marker in ((gone, "delete"), (rows, "upsert")):
-            if table.num_rows:
-                await self.write_changes(table, row_marker)
+        if gone.num_rows:
+            await self.write_changes(gone, "delete")
+        if rows.num_rows:
+            await self.write_changes(rows, "upsert")
 
     def parquet_writer(
         self, schema: object, path: str | None = None, *, overwrite: bool = False

@@ -63,9 +63,8 @@ class Mirror:
 
     def names(self, below: str = "t") -> list[str]:
         """All files in the landing zone below a directory."""
-        start = f"{ZONE}/{below}".rstrip("/")
-        found = self.server.namespace.paths(self.workspace, start)
-        return [name.removeprefix(f"{start}/") for name in found]
+        start = f"{ZONE}/{below}".rstrip("/") + "/"
+        return [name[len(start) :] for name in self.server.namespace.paths(self.workspace) if name.startswith(start)]
 
 
 def table_of(rows: Mapping[int, str | None]) -> pyarrow.Table:
@@ -108,6 +107,8 @@ LOAD = Changes("append", (("insert", ((1, "a"), (2, "b"))), ("insert", ((3, "c")
 WORKS = (
     Changes("append", (("insert", ((4, "d"),)), ("insert", ((5, "e"), (6, "f"))), ("insert", ((7, "g"),))), key="once"),
     # The order of files matters: what is deleted comes back.
-    Changes("append", (("delete", ((2, ""),)), ("insert", ((2, "B"),)), ("update", ((1, "A"),)), ("upsert", ((9, "i"),)))),
+    Changes(
+        "append", (("delete", ((2, ""),)), ("insert", ((2, "B"),)), ("update", ((1, "A"),)), ("upsert", ((9, "i"),)))
+    ),
     Changes("full_drop", (("insert", ((7, "G"),)), ("insert", ((8, "H"),)))),
 )

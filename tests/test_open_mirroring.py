@@ -107,7 +107,10 @@ async def test_one_fault_at_any_request_loses_and_doubles_no_row(
             assert mirror.wrong(*dropped(work)) == [], text
             kinds[kind] += 1
             at += max(1, 61 // SOAK) + number
-    figure(f"one fault at the wire, open mirroring, {anyio_backend}", f"{kinds.total()}, all committed, no row lost or twice")
+    figure(
+        f"one fault at the wire, open mirroring, {anyio_backend}",
+        f"{kinds.total()}, all committed, no row lost or twice",
+    )
     assert kinds.total() > 20
 
 
@@ -131,7 +134,9 @@ async def test_many_faults_leave_the_old_rows_or_the_new_and_the_truth(
         assert mirror.rows() in {"committed": [new], "untouched": [old], "unknown": [old, new]}[said], text
         assert mirror.wrong(*dropped(work)) == [], text
         ends[said] += 1
-    figure(f"many faults at the wire, open mirroring, {anyio_backend}", ", ".join(f"{n} {end}" for end, n in ends.items()))
+    figure(
+        f"many faults at the wire, open mirroring, {anyio_backend}", ", ".join(f"{n} {end}" for end, n in ends.items())
+    )
 
 
 @pytest.mark.parametrize("work", WORKS, ids=str)
@@ -146,7 +151,7 @@ async def test_a_writer_that_dies_at_any_call_leaves_the_old_rows_or_the_new(
             mirror = await loaded(server, every=2)
             gate = At(fault, 4 * number + 2 * shift)  # every fourth call, on one loop others than on the other
             async with open_store(FaultDriver(mirror.driver(), gate)) as store:
-                said = await attempt(lambda: work(store))  # noqa: B023 - awaited at once
+                said = await attempt(lambda: work(store))
             mirror.settle(3)
             seen = mirror.rows()
             await repaired(mirror)
@@ -176,20 +181,20 @@ async def test_indexes_go_on_after_what_was_read_is_gone_and_begin_at_1_after_a_
     assert [name for name in mirror.names() if name.endswith(".parquet")] == []  # all read and removed
     async with open_store(mirror.driver()) as store:
         await Changes("append", (("insert", ((4, "d"),)),))(store)
-        assert f"{3:020d}.parquet" in mirror.names()
         mirror.settle()
         await Changes("full_drop", (("insert", ((1, "x"),)),))(store)
-        assert f"{1:020d}.parquet" in mirror.names()
         mirror.settle()
         await Changes("append", (("insert", ((2, "y"),)),))(store)
-        assert f"{2:020d}.parquet" in mirror.names()
         assert await store.meta() == {"last_index": 2}
     mirror.settle()
+    assert [int(file.name[:20]) for file in mirror.replicator.record.applied] == [1, 2, 3, 1, 2]
     assert mirror.rows() == [(1, "x"), (2, "y")]
     assert mirror.wrong("t") == []
 
 
-async def test_indexes_go_on_after_files_of_another_publisher_wherever_the_service_moved_them(server: DfsServer) -> None:
+async def test_indexes_go_on_after_files_of_another_publisher_wherever_the_service_moved_them(
+    server: DfsServer,
+) -> None:
     mirror = await loaded(server, ready_after=3, removed_after=99)
     for place, index in (("", 7), ("_ProcessedFiles/", 8), ("_FilesReadyToDelete/", 9)):
         server.namespace.create(mirror.workspace, f"{ZONE}/t/{place}{index:020d}.parquet", b"theirs")
@@ -321,7 +326,9 @@ async def test_rows_are_replaced_without_a_drop_by_deletes_and_upserts_in_one_ba
     mirror = await loaded(server)
     async with open_store(mirror.driver()) as store:
         async with store.staged_write("append") as tx:
-            await tx.replace_rows(table_of({3: "C", 4: "D"}), present=pyarrow.table({"id": pyarrow.array([1, 2, 3], "int32")}))
+            await tx.replace_rows(
+                table_of({3: "C", 4: "D"}), present=pyarrow.table({"id": pyarrow.array([1, 2, 3], "int32")})
+            )
         mirror.settle()
         assert mirror.rows() == [(3, "C"), (4, "D")]
         async with store.staged_write("append") as tx:
@@ -350,7 +357,7 @@ ROWS = {"id": [1, 2], "v": ["a", "b"]}
         ({**ROWS, "__rowMarker__": [0, None]}, None, "is 0, 1, 2 or 4, not None"),
         ({**ROWS, "__rowMarker__": ["0", "1"]}, None, "a column of integers"),
         ({**ROWS, "__rowMarker__": [0, 1]}, "insert", "leave row_marker= out"),
-        ({"id": [], "v": []}, "insert", "no rows"),
+        ({"id": pyarrow.array([], "int64")}, "insert", "no rows"),
         ({"id": [1], "v": [[1, 2]]}, "insert", "does not take"),
         ({"id": [1], "v": [timedelta(1)]}, "insert", "does not take"),
     ],
@@ -384,7 +391,7 @@ async def test_files_of_a_users_own_are_refused_under_names_that_are_not_the_seq
         (f"{3:020d}.parquet", b""),
     ):
         async with open_store(mirror.driver()) as store:
-            with pytest.raises(StagingError, match="sequence's next name|is empty"):
+            with pytest.raises(StagingError, match=r"sequence's next name|is empty"):
                 async with store.staged_write("append") as tx:
                     await tx.write(name, data)
     mirror.settle()

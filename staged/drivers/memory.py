@@ -17,7 +17,7 @@ from staged.errors import Conflict, InvalidInput, InvalidPath, StagingError
 from staged.model import Answer, Arranged, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, fold, join
 
-__all__ = ["MemoryDriver", "MemoryStorage"]
+__all__ = ["MemoryDriver", "MemoryStorage", "Swap"]
 
 Swap = Literal["exchange", "renames", "clears"]
 

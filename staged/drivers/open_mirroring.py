@@ -49,14 +49,14 @@ _TABLE = re.compile(r"([^/.]+\.schema/)?[^/_.][^/]*")
 class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
     """The content of `_metadata.json` that matters here."""
 
-    keyColumns: tuple[str, ...] = ()  # noqa: N815 - the service's names
-    fileDetectionStrategy: Literal["SequentialFileName", "LastUpdateTimeFileDetection"] = "SequentialFileName"  # noqa: N815
-    isUpsertDefaultRowMarker: bool = False  # noqa: N815
+    keyColumns: tuple[str, ...] = ()
+    fileDetectionStrategy: Literal["SequentialFileName", "LastUpdateTimeFileDetection"] = "SequentialFileName"
+    isUpsertDefaultRowMarker: bool = False
 
 
 class _Listed(msgspec.Struct, frozen=True):
-    sourceTableName: str  # noqa: N815
-    sourceSchemaName: str | None = None  # noqa: N815
+    sourceTableName: str
+    sourceSchemaName: str | None = None
 
 
 class _Monitored(msgspec.Struct, frozen=True):
@@ -101,7 +101,11 @@ class OpenMirroringDriver(OneLakeDriver):
         limit: int = 16,
         period: float = 30.0,
     ) -> None:
-        if isinstance(keys, str) or detection not in ("sequence", "update_time") or scratch not in ("_tmp", "_scratchPad"):
+        if (
+            isinstance(keys, str)
+            or detection not in ("sequence", "update_time")
+            or scratch not in ("_tmp", "_scratchPad")
+        ):
             raise InvalidInput(
                 'keys= is a list of columns, detection= is "sequence" or "update_time", scratch= "_tmp" or "_scratchPad".'
             )
@@ -145,7 +149,7 @@ class OpenMirroringDriver(OneLakeDriver):
         self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
     ) -> Arranged | None:
         if not entries:
-            return None
+            return Arranged((), {LAST_INDEX: 0}) if afresh else None
         with mapped():
             there = None if afresh else await self._metadata()
             last = 0 if afresh else await self._last_index(meta)
@@ -180,7 +184,9 @@ class OpenMirroringDriver(OneLakeDriver):
         """Whether the table has the metadata that is asked for; False where it has none."""
         if there is None:
             if self._keys is None:
-                raise StagingError(f"{self.url} has no {METADATA} yet: pass keys=[…], or keys=[] for rows without keys.")
+                raise StagingError(
+                    f"{self.url} has no {METADATA} yet: pass keys=[…], or keys=[] for rows without keys."
+                )
             return False
         wanted = self._wanted()
         if self._keys is None:
@@ -293,5 +299,7 @@ def _named(entry: Entry, index: int) -> Entry:
     """An entry under its index."""
     name = f"{index:020d}.parquet"
     if entry.path != name and not _OURS.fullmatch(entry.path):
-        raise StagingError(f"{entry.path!r} is not the sequence's next name, which is {name!r}; leave names to the store.")
+        raise StagingError(
+            f"{entry.path!r} is not the sequence's next name, which is {name!r}; leave names to the store."
+        )
     return replace(entry, path=name)

@@ -21,7 +21,7 @@ import trio.testing
 
 from staged.control import read_head, read_outcome
 from staged.driver import Driver
-from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.drivers.memory import MemoryDriver, MemoryStorage, Swap
 from staged.errors import StagedError, StorageError
 from staged.model import HeadState, Mode
 from staged.store import Store, open_store
