@@ -35,7 +35,7 @@ from staged.control import (
     write_manifest,
     write_parts,
 )
-from staged.driver import Driver, Lock
+from staged.driver import Alive, Driver, Lock, idle
 from staged.errors import (
     Busy,
     CommitBlocked,
@@ -93,7 +93,7 @@ __all__ = [
 
 KEPT_COMMITS = 1_000
 """Commits, and so keys, that the ledger remembers."""
-_BATCH = 1_000
+_BATCH = 250
 """Entries of one publish or remove where the head must be renewed in between."""
 _RACES = 100
 """Lost races for the head after which the target counts as busy."""
@@ -341,7 +341,7 @@ async def _decide(held: Held, record: TxRecord, work: Work, manifest: Manifest, 
             manifest = await write_manifest(driver, record.id, arranged.entries, f"{epoch}-{attempt}")
             record = replace(record, meta={**record.meta, **arranged.meta})
         await _check_overlap(held, record, work, ledger)
-        plan = await make_plan(held.target, record.id, work)
+        plan = await make_plan(held.target, record.id, work, held.renew)
         if plan.skipped:
             await _give_back(held)
             return Receipt(record.id, record.mode, "skipped", key=record.key)
@@ -442,21 +442,23 @@ async def _give_back(held: Held) -> None:
     await quietly(held.move(states.free(held.head)))
 
 
-async def make_plan(target: Target, tx: str, work: Work) -> Plan:
+async def make_plan(target: Target, tx: str, work: Work, alive: Alive = idle) -> Plan:
     """List what the plan must know of the target, and make it; raises what `planning.make_plan` raises."""
     if work.mode is Mode.FULL_DROP and target.store.swaps_trees:
-        return Plan(publish=tuple(work.entries), trees=await target.driver.trees(tx))
+        return Plan(publish=tuple(work.entries), trees=await target.driver.trees(tx, alive))
     scope = planning.scope(work)
     listing: list[Listed] = []
     for prefix in scope.prefixes:
         async with aclosing(target.driver.list(prefix)) as pages:
             async for page in pages:
+                await alive()
                 listing += page
                 if scope.until_first_file and any(map(planning.is_content, page)):
                     break
     if scope.names:
         async with aclosing(target.driver.list(names=scope.names)) as pages:
             async for page in pages:
+                await alive()
                 listing += page
     return planning.make_plan(work, listing, target.store)
 
@@ -637,7 +639,7 @@ async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Reso
     if answer in (Answer.FOREIGN, Answer.LOST):
         await held.check()
         if resolve == "replace" and answer is Answer.FOREIGN:
-            now = await driver.trees(header.transaction)
+            now = await driver.trees(header.transaction, held.renew)
             answer = await _swap(held, Trees(trees.new, now.target), aside)
         elif resolve is not None:
             # What is kept out is discarded before the head is freed: nobody may publish it later.
@@ -653,7 +655,7 @@ async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Reso
 async def _swap(held: Held, trees: Trees, aside: str) -> Answer:
     """Swap the trees, however long it takes."""
     driver, tx = held.target.driver, held.head.transaction or ""
-    while (answer := await driver.swap(tx, trees, aside)) is Answer.PENDING:
+    while (answer := await driver.swap(tx, trees, aside, held.renew)) is Answer.PENDING:
         await held.renew()
     return answer
 

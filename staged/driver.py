@@ -24,7 +24,7 @@ from typing import NoReturn, Protocol
 
 from staged.model import Answer, Arranged, Capabilities, Entry, Listed, Trees
 
-__all__ = ["Driver", "Lock", "LogHandle", "Record", "Writer"]
+__all__ = ["Alive", "Driver", "Lock", "LogHandle", "Record", "Writer", "idle"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,14 @@ class Record:
 
 LogHandle = Callable[[str], Awaitable[None]]
 """Makes a handle durable. Awaited before the first byte that could be orphaned under it."""
+
+
+Alive = Callable[[], Awaitable[None]]
+"""Awaited by a driver between two requests of a step that may take many, so that its caller can show signs of life."""
+
+
+async def idle() -> None:
+    """Nobody waits for a sign of life."""
 
 
 class Lock(Protocol):
@@ -201,7 +209,7 @@ class Driver(ABC):
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         """Remove exactly these files, each only if it is still the one listed: DONE, ALREADY or FOREIGN."""
 
-    async def trees(self, tx: str) -> Trees:
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         """The identities of a transaction's staged tree and of the target's, for `swap`; only where trees are swapped.
 
         Raises:
@@ -209,7 +217,7 @@ class Driver(ABC):
         """
         raise NotImplementedError
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
         """Put the staged tree in the target's place and the target's aside under the name `old`; durable on return.
 
         Decided by identity: the target is new: ALREADY, and the old one is put aside if that is still to do; the target is

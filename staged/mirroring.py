@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from staged.observers import Callback, Observer, compose
-from staged.store import Store
-
-if TYPE_CHECKING:
-    from azure.storage.filedatalake.aio import DataLakeServiceClient
-
-    from staged.drivers._azure import Credential
+from staged.store import Store, load_driver
 
 __all__ = ["open_mirror"]
 
@@ -29,8 +24,8 @@ def open_mirror(
     drop_timeout: float = 900.0,
     drop_wait: float | None = None,
     drop_poll: float = 2.0,
-    credential: Credential | None = None,
-    client: DataLakeServiceClient | None = None,
+    credential: object = None,
+    client: object = None,
     limit: int = 16,
     observers: Iterable[Observer | Callback] = (),
 ) -> Store:
@@ -42,18 +37,17 @@ def open_mirror(
             `store.child("orders")`, `store.child("dbo.schema/orders")`.
         schema: The table's schema.
         keys: The key columns of the table, or a mapping from such children to theirs. None takes those that are there.
-        observers: As `open_store` takes them. All else is the driver's; see `OpenMirroringDriver`.
+        observers: As `open_store` takes them. All else is the driver's; see `OpenMirroringDriver`
+            (`credential` and `client` are those of the Azure SDK).
 
     Raises:
         InvalidInput: An argument is wrong.
         Unsupported: The Azure SDK is not installed (extra `adls`).
     """
-    from staged.drivers.open_mirroring import OpenMirroringDriver
-
     base, question, sas = url.rstrip("/").partition("?")
     below = "/".join(part for part in (f"{schema}.schema" if schema else "", table or "") if part)
     path = f"{base.rstrip('/').removesuffix('/Files/LandingZone')}/Files/LandingZone/{below}".rstrip("/")
-    driver = OpenMirroringDriver(
+    driver = load_driver("staged.drivers.open_mirroring", "OpenMirroringDriver", "adls")(
         f"{path}{question}{sas}",
         keys=keys,
         detection=detection,

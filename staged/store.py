@@ -38,7 +38,7 @@ from staged.records import is_id
 from staged.recovery import collect, recover
 from staged.states import ENDED, Phase
 
-__all__ = ["Store", "open_store"]
+__all__ = ["Store", "load_driver", "open_store"]
 
 # What a URL begins with -> module and class of its driver, loaded on use, and the extra that it needs.
 _DRIVERS = (
@@ -97,15 +97,21 @@ def _driver_of(scheme: str, rest: str) -> tuple[Callable[..., Driver], str]:
     url = f"{scheme or 'file'}://{host.lower()}/{path}"
     for pattern, module, name, extra in _DRIVERS:
         if re.match(pattern, url):
-            try:
-                driver: Callable[..., Driver] = getattr(importlib.import_module(module), name)
-            except ModuleNotFoundError as missing:
-                if not extra or (missing.name or "").startswith("staged"):
-                    raise
-                raise Unsupported(f"This store needs {missing.name}: pip install 'staged[{extra}]'") from missing
+            driver = load_driver(module, name, extra)
             return driver, rest if scheme in ("", "file", "memory") else f"{scheme}://{rest}"
     which = " of that host" if scheme in ("abfs", "abfss", "https") else ""
     raise Unsupported(f"There is no driver for {scheme}:// URLs{which}; there are drivers for {_SCHEMES}.")
+
+
+def load_driver(module: str, name: str, extra: str) -> Callable[..., Driver]:
+    """A driver's class; raises `Unsupported` where the extra that it needs is not installed."""
+    try:
+        driver: Callable[..., Driver] = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
+        if not extra or (missing.name or "").startswith("staged"):
+            raise
+        raise Unsupported(f"This store needs {missing.name}: pip install 'staged[{extra}]'") from missing
+    return driver
 
 
 class Store:

@@ -103,7 +103,7 @@ def dies(number: int, moment: Moment, delay: float) -> Callable[[str, Moment], N
     return at
 
 
-def stops(store: str, url: str, call: str) -> dict[str, object]:
+def stops(store: str, url: str, call: str, name: str) -> dict[str, object]:
     """One process is stopped at a call, another takes over and writes, and the first wakes up."""
     stopped = False
 
@@ -113,7 +113,7 @@ def stops(store: str, url: str, call: str) -> dict[str, object]:
             stopped = True
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    first = fork(lambda: write(store, url, WORKS["append"], at))
+    first = fork(lambda: write(store, url, WORKS[name], at))
     _, status = os.waitpid(first, os.WUNTRACED)
     asleep = os.WIFSTOPPED(status)
     second = ended(fork(lambda: write(store, url, NEXT, lambda *_: None)))
@@ -127,7 +127,7 @@ def main(store: str, words: list[str]) -> None:
         name, number, moment = case.split(",")
         chance = random.Random(case)
         if name == "stops":
-            said = stops(store, url, number)
+            said = stops(store, url, number, moment)
         else:
             at = dies(int(number), "before" if moment == "before" else "after", chance.choice((0.0, 0.0, 0.003, 0.01)))
             said = {"killed": ended(fork(lambda: write(store, url, WORKS[name], at))) < 0}  # noqa: B023 - run at once

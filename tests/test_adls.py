@@ -26,24 +26,31 @@ class AdlsHarness(Harness):
     Args:
         path: Its directory; empty where the target is the file system or the item's folder, which cannot be renamed.
         period: Of silence, after which a writer is taken for dead.
+        guids: Open it by the GUIDs of the workspace and the item; listings tell names all the same.
     """
 
-    def __init__(self, server: DfsServer, path: str = "lake/target", *, period: float = 0.5) -> None:
+    def __init__(
+        self, server: DfsServer, path: str = "lake/target", *, period: float = 0.5, guids: bool = False
+    ) -> None:
         self.server, self.period = server, period
         self.filesystem = f"fs{next(_NUMBERS)}"
         self.drivers: list[Driver] = []
+        self.guids: tuple[str, str] | None = None
         self.kind: type[AdlsDriver] = AdlsDriver
         self.path = path
         if server.onelake is None:
             server.namespace.create_filesystem(self.filesystem)
         else:
-            server.add_item(self.filesystem, "sales.Lakehouse")
+            both = server.add_item(self.filesystem, "sales.Lakehouse")
+            self.guids = both if guids else None
             self.kind, self.path = OneLakeDriver, f"sales.Lakehouse/Files/{path}".rstrip("/")
         above, _, name = self.path.rpartition("/")
         self.control = f"{above}/_staged/{name}/".lstrip("/") if path else f"{self.path}/_staged/_staged/".lstrip("/")
 
     @property
     def url(self) -> str:
+        if self.guids is not None:
+            return f"{self.server.url}/{self.guids[0]}/{self.guids[1]}/{quote(self.path.partition('/')[2])}"
         return f"{self.server.url}/{self.filesystem}/{quote(self.path)}"
 
     def process(self, step: Step | None = None) -> Driver:
@@ -84,7 +91,7 @@ class AdlsHarness(Harness):
 
 
 class _Served(DriverConformance):
-    onelake = False
+    onelake = guids = False
     path = "lake/target"
 
     @pytest.fixture(autouse=True)
@@ -93,7 +100,7 @@ class _Served(DriverConformance):
             yield
 
     def harness(self, directory: Path) -> Harness:
-        return AdlsHarness(self.server, self.path)
+        return AdlsHarness(self.server, self.path, guids=self.guids)
 
 
 def _only(loop: str) -> object:
@@ -126,7 +133,7 @@ class TestOneLake(_Served):
 
 
 class TestOneLakeFolder(_Served):
-    """A folder of an item, which Fabric manages."""
+    """A folder of an item, which Fabric manages, by GUIDs."""
 
-    onelake, path = True, ""
+    onelake, path, guids = True, "", True
     anyio_backend = _only("asyncio")

@@ -50,7 +50,6 @@ BESIDE = {
 ON_USE = {
     ("pinning", "fcntl"),
     ("lifecycle", "staged.arrow"),
-    ("mirroring", "staged.drivers.open_mirroring"),
     ("_waitout", "asyncio"),
     ("_waitout", "trio"),
     ("cli", "staged.demo"),
@@ -149,7 +148,7 @@ def test_the_independent_modules_import_nothing_of_ours() -> None:
 
 
 # Drivers that are another one under other rules.
-EXTENDS = {("drivers.onelake", "drivers.adls")}
+EXTENDS = {("drivers.onelake", "drivers.adls"), ("drivers.open_mirroring", "drivers.onelake")}
 
 
 def test_drivers_import_the_interface_and_their_own_helpers_only() -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 from azure.core.credentials import AzureSasCredential
+from azure.identity import CredentialUnavailableError
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 from dfs import DfsServer, Plan
 from dfs.service import Request, route
@@ -151,6 +153,83 @@ async def test_a_tree_that_takes_several_requests_to_rename_or_delete_is_renamed
                 assert harness.content() == dict(files)
             await store.gc(older_than=timedelta(0))
             assert await harness.leftovers() == []
+
+
+@pytest.mark.anyio
+async def test_looking_at_the_plan_changes_nothing_about_the_commit(server: DfsServer) -> None:
+    for mode in ("append", "full_drop"):
+        harness = AdlsHarness(server, period=30.0)
+        await harness.put("old", b"old")
+        async with open_store(harness.process()) as store, store.staged_write(mode, allow_empty=True) as tx:
+            await tx.plan()
+            await tx.write("a", b"1")
+            await tx.plan()
+        assert harness.content() == ({"a": b"1"} if mode == "full_drop" else {"a": b"1", "old": b"old"})
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    "credential",
+    [
+        SAS,
+        AzureSasCredential(SAS),
+        f"BlobEndpoint=https://x;SharedAccessSignature={SAS}",
+        f"AccountName={KEY['account_name']};AccountKey={KEY['account_key']};EndpointSuffix=core.windows.net",
+    ],
+    ids=["text", "object", "connection string", "connection string with a key"],
+)
+async def test_every_kind_of_credential_signs_both_ends_of_a_rename(credential: Any) -> None:
+    with DfsServer(anonymous=False) as server:
+        server.namespace.create_filesystem("fs")
+        async with open_store(AdlsDriver(f"{server.url}/fs/x", credential=credential)) as store:
+            await Work(Mode.FULL_DROP, (("a", b"1"),))(store)
+        assert server.namespace.read("fs", "x/a") == b"1"
+
+
+@pytest.mark.anyio
+async def test_who_is_not_logged_in_is_told_so_at_once(server: DfsServer) -> None:
+    class NotLoggedIn:
+        asked = 0
+
+        async def get_token(self, *scopes: str, **options: Any) -> Any:
+            self.asked += 1
+            raise CredentialUnavailableError("Please run 'az login'.")
+
+        async def close(self) -> None:
+            pass
+
+        async def __aexit__(self, *_: object) -> None:
+            pass
+
+    credential: Any = NotLoggedIn()
+    url = "abfss://fs@account.dfs.core.windows.net/x"
+    async with open_store(AdlsDriver(url, credential=credential)) as store:
+        with pytest.raises(StagedError, match="Please run 'az login'") as raised:
+            await store.begin("append")
+    assert not raised.value.retryable
+    assert credential.asked == 1
+
+
+@pytest.mark.anyio
+async def test_the_environments_credential_is_refused_on_trio_where_it_cannot_run(anyio_backend: str) -> None:
+    if anyio_backend == "asyncio":
+        return
+    async with open_store("abfss://fs@account.dfs.core.windows.net/x") as store:
+        with pytest.raises(Unsupported, match="On trio pass a credential"):
+            await store.begin("append")
+
+
+@pytest.mark.anyio
+async def test_a_onelake_that_would_put_one_tree_into_another_moves_files_one_by_one() -> None:
+    with DfsServer(onelake=True) as server:
+        server.namespace.conditions_of_goal = True
+        harness = AdlsHarness(server, period=30.0)
+        await harness.put("old", b"old")
+        async with open_store(harness.process()) as store:
+            found = await store.capabilities()
+            assert not found.swaps_trees and "fenced" in found.guarantees[Mode.FULL_DROP]
+            await Work(Mode.FULL_DROP, (("new", b"new"), ("d/new", b"new")))(store)
+        assert harness.content() == {"new": b"new", "d/new": b"new"}
 
 
 @pytest.mark.anyio
@@ -373,7 +452,8 @@ async def test_a_strangers_tree_that_comes_into_the_gap_of_a_swap_is_kept_aside(
 
 
 @pytest.mark.anyio
-async def test_the_limit_shrinks_once_for_a_burst_of_refusals_and_grows_back() -> None:
+async def test_the_limit_shrinks_once_for_a_burst_of_refusals_and_grows_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("staged.drivers._cloud.PATIENCE", 0.0)
     limit = Limit(16)
     running = most = 0
     throttled = True
@@ -396,7 +476,7 @@ async def test_the_limit_shrinks_once_for_a_burst_of_refusals_and_grows_back() -
 
     async def send() -> None:
         try:
-            await limit._send_once(request)
+            await limit.send(request)
         except Refused:
             pass
 
@@ -408,6 +488,36 @@ async def test_the_limit_shrinks_once_for_a_burst_of_refusals_and_grows_back() -
     await burst(300)
     await burst(100)
     assert most == 16
+
+
+@pytest.mark.anyio
+async def test_waiting_for_a_turn_costs_no_patience_and_what_is_urgent_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("staged.drivers._cloud.PATIENCE", 0.2)
+    limit, tries, order = Limit(1), 0, list[str]()
+
+    async def slow() -> None:
+        await anyio.sleep(0.05)
+        order.append("slow")
+
+    async def fails_once() -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise Refused("request", 500)
+
+    async def urgent() -> None:
+        order.append("urgent")
+
+    async with anyio.create_task_group() as tasks:
+        for _ in range(10):
+            tasks.start_soon(limit.send, slow)
+        await anyio.sleep(0.01)
+        tasks.start_soon(limit.send, fails_once)
+        await limit.send(urgent, urgent=True)
+    assert tries == 2
+    assert order[0] == "urgent"
 
 
 @pytest.mark.anyio

@@ -28,7 +28,9 @@ def cases() -> list[str]:
         for at, moment in enumerate(("before", "after"))
         if SOAK > 1 or (2 * number + at + shift) % 11 == 0
     ]
-    return found + [f"stops,{call}," for call in ("seal", "put_segment ledger-", "publish", "put_segment outcome")]
+    stops = [("append", call) for call in ("seal", "put_segment ledger-", "publish", "put_segment outcome")]
+    stops += [("drop", call) for call in ("put_segment ledger-", "swap", "put_segment outcome")]
+    return found + [f"stops,{call},{work}" for work, call in stops]
 
 
 @pytest.mark.parametrize("store", ["adls", "onelake"])
@@ -53,13 +55,13 @@ def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_dou
             assert line["recovered"], (line, run.stderr[-3000:])
             assert not anyio.run(harness.leftovers), line
             if name == "stops":
-                appended = WORKS["append"].apply(PRIOR)
-                assert appended is not None
+                written = WORKS[case.rpartition(",")[2]].apply(PRIOR)
+                assert written is not None
                 # Who was overtaken before its decision is told so, and its files are not there; after it they are, once.
                 undecided = line["first"] == 3
                 assert line["asleep"] and line["second"] == 0, line
                 assert line["first"] in (0, 2, 3), line
-                assert content == NEXT.apply(PRIOR if undecided else appended), line
+                assert content == NEXT.apply(PRIOR if undecided else written), line
                 ends["overtaken, " + ("untouched" if undecided else "completed by the other")] += 1
             else:
                 assert content in (PRIOR, WORKS[name].apply(PRIOR)), line

@@ -49,7 +49,7 @@ class LiveHarness(Harness):
 
     async def _names(self) -> FileSystemClient:
         if self._files is None:
-            credential = None if self._place.sas else default_credential()
+            credential = None if self._place.sas else default_credential(trio=in_trio())
             if credential is not None:
                 self._open.push_async_callback(credential.close)
             options = client_options(credential, self._place.sas, trio=in_trio())

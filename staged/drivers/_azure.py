@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from azure.core.credentials import AzureNamedKeyCredential
-from azure.core.exceptions import AzureError, HttpResponseError
+from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
 from staged import paths
 from staged.drivers._cloud import Refused
-from staged.errors import InvalidInput, InvalidPath
+from staged.errors import InvalidInput, InvalidPath, Unsupported
 
 if TYPE_CHECKING:
     from azure.core.credentials import AzureSasCredential
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Credential = str | AzureSasCredential | AzureNamedKeyCredential | AsyncTokenCredential
 
-__all__ = ["Closable", "Location", "bare", "client_options", "default_credential", "in_trio", "of", "once"]
+__all__ = ["Closable", "Location", "bare", "client_options", "default_credential", "in_trio", "of", "once", "plain"]
 
 T = TypeVar("T")
 
@@ -74,14 +74,27 @@ def client_options(credential: Credential | None, sas: str | None, *, trio: bool
     """What every client is made with: the credential, no retries of its own, and a transport for the event loop."""
     if credential is not None and sas is not None:
         raise InvalidInput("The URL holds a shared access signature; a credential cannot be passed beside it.")
-    if sas is not None or isinstance(credential, str) or hasattr(credential, "signature"):
-        _hide_signatures()
+    _hide_signatures()
     return {
-        "credential": credential if credential is not None else sas,
+        "credential": plain(credential) if credential is not None else sas,
         # A replay below this cannot be kept out (aiohttp does it by itself); one above it is `Limit`'s business.
         "retry_total": 0,
         "transport": _transport(trio=trio),
     }
+
+
+def plain(credential: Any) -> Any:
+    """A credential as the SDK uses it rightly: the source of a rename is signed by a signature only where that is a string."""
+    if hasattr(credential, "signature"):
+        return credential.signature
+    if isinstance(credential, str) and ";" in credential:
+        parts = dict(part.split("=", 1) for part in credential.split(";") if "=" in part)
+        if "SharedAccessSignature" in parts:
+            return parts["SharedAccessSignature"]
+        if {"AccountName", "AccountKey"} <= parts.keys():
+            return AzureNamedKeyCredential(parts["AccountName"], parts["AccountKey"])
+        raise InvalidInput("That connection string has neither an AccountKey nor a SharedAccessSignature.")
+    return credential
 
 
 def in_trio() -> bool:
@@ -106,8 +119,16 @@ class Closable(Protocol):
     async def close(self) -> None: ...
 
 
-def default_credential() -> Any:
-    """The credential of this environment: variables, a managed identity, or whoever logged in by a tool of Azure's."""
+def default_credential(*, trio: bool) -> Any:
+    """The credential of this environment: variables, a managed identity, or whoever logged in by a tool of Azure's.
+
+    Raises:
+        Unsupported: On trio, where its parts do not run.
+    """
+    if trio:
+        raise Unsupported(
+            "On trio pass a credential= with a transport of its own; the environment's runs on asyncio only."
+        )
     from azure.identity.aio import DefaultAzureCredential
 
     return DefaultAzureCredential()
@@ -152,7 +173,9 @@ async def once(what: str, request: Callable[[], Awaitable[T]]) -> T:
     try:
         return await request()
     except HttpResponseError as error:
-        refused = _refused(what, error)
+        # Without a response it comes from the credential, whose text says what to do.
+        unknown = error.response is None and isinstance(error, ClientAuthenticationError)
+        refused = Refused(f"{what}: {error.message}", 401) if unknown else _refused(what, error)
     except AzureError:
         refused = Refused(what)
     # Raised here, so that nothing leads from it to the SDK's error, which holds the request with its credential.

@@ -6,12 +6,13 @@ driver that sent it tells by identity what became of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
 import anyio
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from staged.errors import StorageError
 
@@ -21,7 +22,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 PATIENCE = 12.0
-"""Seconds for which a request is made again: less than what the core allows for one."""
+"""Seconds for which a request is made again, without those for which it waits for its turn."""
+_URGENT = 18.0
+"""Seconds after which an urgent request is given up: less than what the core allows for one."""
 _LONGEST = 5.0
 """Seconds that one pause takes at most, whatever the service asks for."""
 _LONGER = wait_random_exponential(multiplier=0.1, max=_LONGEST)
@@ -65,36 +68,51 @@ class Limit:
         self._shrunk = float("-inf")
         self._silent_until = float("-inf")
 
-    async def send(self, request: Callable[[], Awaitable[T]]) -> T:
+    async def send(self, request: Callable[[], Awaitable[T]], *, urgent: bool = False) -> T:
         """Make a request, and make it again where its failure may pass.
+
+        Args:
+            urgent: Whoever waits for it may lose the target: it goes ahead of all others, and ends in time.
 
         Raises:
             Refused: It lasts.
         """
+        started, queued = anyio.current_time(), 0.0
+
+        async def once() -> T:
+            nonlocal queued
+            if urgent:
+                return await self._request(request)
+            waits = anyio.current_time()
+            if self._slots is None:
+                self._slots = anyio.CapacityLimiter(self.most)
+            # A slot belongs to the request: one task may well make two.
+            async with _Slot(self._slots):
+                if (silence := self._silent_until - anyio.current_time()) > 0:
+                    await anyio.sleep(silence)
+                queued += anyio.current_time() - waits
+                return await self._request(request)
+
         retrying = AsyncRetrying(
             sleep=anyio.sleep,
             retry=retry_if_exception(lambda error: isinstance(error, Refused) and error.passing),
-            stop=stop_after_delay(PATIENCE),
+            stop=lambda _: anyio.current_time() - started - queued >= PATIENCE,
             wait=_wait,
             reraise=True,
         )
-        return await retrying(self._send_once, request)
+        with anyio.move_on_after(_URGENT if urgent else math.inf):
+            return await retrying(once)
+        raise Refused("an urgent request")
 
-    async def _send_once(self, request: Callable[[], Awaitable[T]]) -> T:
-        if self._slots is None:
-            self._slots = anyio.CapacityLimiter(self.most)
-        # A slot belongs to the request: one task may well make two.
-        async with _Slot(self._slots):
-            if (wait := self._silent_until - anyio.current_time()) > 0:
-                await anyio.sleep(wait)
-            sent = anyio.current_time()
-            try:
-                answer = await request()
-            except Refused as error:
-                if error.status in _TOO_MANY:
-                    self._shrink(sent, min(_LONGEST, error.retry_after or 0.0))
-                raise
-            self._set(min(float(self.most), self._now + 1 / self._now))
+    async def _request(self, request: Callable[[], Awaitable[T]]) -> T:
+        sent = anyio.current_time()
+        try:
+            answer = await request()
+        except Refused as error:
+            if error.status in _TOO_MANY:
+                self._shrink(sent, min(_LONGEST, error.retry_after or 0.0))
+            raise
+        self._set(min(float(self.most), self._now + 1 / self._now))
         return answer
 
     def _shrink(self, sent: float, silence: float) -> None:
@@ -107,8 +125,8 @@ class Limit:
 
     def _set(self, now: float) -> None:
         self._now = now
-        assert self._slots is not None
-        self._slots.total_tokens = int(now)
+        if self._slots is not None:
+            self._slots.total_tokens = int(now)
 
 
 class _Slot:

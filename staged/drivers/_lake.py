@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from secrets import token_hex
@@ -20,10 +21,11 @@ from azure.storage.blob import BlobBlock
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
-from staged.drivers._azure import Closable, Location, bare, client_options, default_credential, in_trio, of, once
+from staged.drivers._azure import Closable, Location, bare, client_options, default_credential, in_trio, of, once, plain
 from staged.drivers._cloud import Limit, Refused
 from staged.errors import StagedError, StorageError
 from staged.model import Listed
+from staged.paths import join
 
 if TYPE_CHECKING:
     from azure.storage.filedatalake import PathProperties
@@ -40,6 +42,8 @@ _CONDITIONS = frozenset(("ConditionNotMet", "BlobAlreadyExists", "PathAlreadyExi
 """Codes that say that a condition of a write was not met."""
 _SMALL = 1 << 20
 """Bytes up to which a blob is written by one request."""
+_ORPHANED = 4
+"""How often a rename is tried of which it is said that the goal has no parent."""
 _PAGE = 5_000
 """Names of one page of a listing, the most that the service gives."""
 _WRITE = "staged"
@@ -72,16 +76,16 @@ class Lake:
         self._closed = False
         self._services: list[Closable] = []
 
-    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]], *, urgent: bool = False) -> T:
         try:
-            return await self._send_open(what, request)
+            return await self._send_open(what, request, urgent)
         except Exception as error:
             if self._closed and not isinstance(error, StagedError):
                 # A client that was closed meanwhile raises whatever it happens to stumble over.
                 raise StorageError(f"{what}: the store was closed.") from None
             raise
 
-    async def _send_open(self, what: str, request: Callable[[_Clients], Awaitable[T]]) -> T:
+    async def _send_open(self, what: str, request: Callable[[_Clients], Awaitable[T]], urgent: bool) -> T:
         if self._closed:
             raise StorageError(f"{what}: the store is closed.")
         async with self._opening:
@@ -90,16 +94,19 @@ class Lake:
                 trio = in_trio()
                 self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
         clients = self._opened
-        return await self.limit.send(lambda: once(what, lambda: request(clients)))
+        return await self.limit.send(lambda: once(what, lambda: request(clients)), urgent=urgent)
 
     def _open(self, *, trio: bool) -> _Clients:
-        given, sas = (self._credential, self._location.sas) if self._client is None else (of(self._client), None)
-        if given is None and sas is None and self._client is None:
-            given = default_credential()
+        names, sas = self._client, self._location.sas if self._client is None else None
+        given = self._credential if names is None else of(names)
+        account = self._location.account if names is None else names.url
+        if names is not None and plain(given) is not given:
+            names = None  # the caller's would leave the source of a rename unsigned
+        elif names is None and given is None and sas is None:
+            given = default_credential(trio=trio)
             self._services.append(given)
-        names = self._client
         if names is None:
-            names = DataLakeServiceClient(self._location.account, **client_options(given, sas, trio=trio))
+            names = DataLakeServiceClient(account, **client_options(given, sas, trio=trio))
             self._services.append(names)
         blobs = BlobServiceClient(names.url.replace(".dfs.", ".blob.", 1), **client_options(given, sas, trio=trio))
         self._services.append(blobs)
@@ -109,8 +116,9 @@ class Lake:
     async def aclose(self) -> None:
         self._closed = True
         services, self._services, self._opened = self._services, [], None
-        for service in services:
-            await service.close()
+        async with AsyncExitStack() as closing:  # each, whatever becomes of another
+            for service in services:
+                closing.push_async_callback(service.close)
 
     async def is_hierarchical(self) -> bool:
         """Whether the account says that its namespace is hierarchical."""
@@ -143,13 +151,13 @@ class Lake:
             stream = await to.blobs.download_blob(name, max_concurrency=1)
             return await stream.readall(), bare(stream.properties.etag)
 
-        return await _unless_missing(self._send(f"reading {name!r}", get))
+        return await _unless_missing(self._send(f"reading {name!r}", get, urgent=True))
 
     async def put(self, name: str, body: bytes, *, replaces: str | None) -> str | None:
-        """Write a blob in one step, its parents made, in place of that ETag or of none; its new ETag, or None where another is
-        there. That may come of an earlier sending of the same."""
+        """Write a record in one step, its parents made, in place of that ETag or of none; its new ETag, or None where another
+        is there. That may come of an earlier sending of the same."""
         try:
-            return await self._put(name, body, "", replaces)
+            return await self._put(name, body, "", replaces, urgent=True)
         except Refused as error:
             if error.code in _CONDITIONS:
                 return None
@@ -178,7 +186,7 @@ class Lake:
                     raise
                 replaces = there.identity if there is not None else None
 
-    async def _put(self, name: str, body: bytes, write: str, replaces: str | None) -> str:
+    async def _put(self, name: str, body: bytes, write: str, replaces: str | None, *, urgent: bool = False) -> str:
         if len(body) > _SMALL:
             # The transport would hold the event loop up with so much in one piece.
             await self.stage_block(name, block := block_id(token_hex(12), 0), body)
@@ -191,7 +199,7 @@ class Lake:
             )
             return bare(str(done["etag"]))
 
-        return await self._send(f"writing {name!r}", put)
+        return await self._send(f"writing {name!r}", put, urgent=urgent)
 
     async def _put_blocks(self, name: str, blocks: Sequence[str], write: str, replaces: str | None) -> str:
         async def put(to: _Clients) -> str:
@@ -243,14 +251,22 @@ class Lake:
                 listing.append(to.names.get_paths(directory or None, recursive=recursive, max_results=_PAGE).by_page())
             try:
                 return [
-                    Listed(found.name, found.content_length or 0, bare(found.etag), bool(found.is_directory))
+                    Listed(below(found.name), found.content_length or 0, bare(found.etag), bool(found.is_directory))
                     async for found in await anext(listing[0])
                 ]
             except StopAsyncIteration:
                 return None
 
-        while (found := await _unless_missing(self._send(f"listing {directory!r}", page))) is not None:
+        def below(name: str) -> str:
+            # OneLake may answer with names where GUIDs were asked for.
+            return join(directory, "/".join(name.split("/")[depth:]))
+
+        depth = len(directory.split("/")) if directory else 0
+        found = await _unless_missing(self._send(f"listing {directory!r}", page))
+        while found is not None:
             yield found
+            # What goes missing later is not the end of a listing.
+            found = await self._send(f"listing {directory!r}", page)
 
     async def make_directory(self, name: str) -> None:
         """Make a directory and its parents; one that is there stays as it is."""
@@ -264,7 +280,9 @@ class Lake:
             if error.status != 409:
                 raise
 
-    async def rename(self, source: str, identity: str, goal: str, replaces: str | None, made: set[str]) -> None:
+    async def rename(
+        self, source: str, identity: str, goal: str, replaces: str | None, made: set[str], *, urgent: bool = False
+    ) -> None:
         """Rename what has this ETag onto what has that one, or onto nothing; `made` are parents that are known to be there."""
         conditions: dict[str, Any] = {
             "source_etag": f'"{identity}"',
@@ -287,16 +305,17 @@ class Lake:
                 options["continuation"] = more
 
         what = f"renaming {source!r} to {goal!r}"
-        try:
-            await self._send(what, rename)
-        except Refused as error:
-            if error.code != "RenameDestinationParentPathNotFound":
-                raise
-            parent = goal.rpartition("/")[0]
-            if parent not in made:
+        for left in reversed(range(_ORPHANED)):
+            try:
+                await self._send(what, rename, urgent=urgent)
+                return
+            except Refused as error:
+                if error.code != "RenameDestinationParentPathNotFound" or not left:
+                    raise
+            # It is also said of a parent that is there, under load (HADOOP-18242): then the source is, too.
+            if (parent := goal.rpartition("/")[0]) not in made:
                 await self.make_directory(parent)
                 made.add(parent)
-            await self._send(what, rename)
 
     async def delete(self, name: str, identity: str | None) -> bool:
         """Delete a file, or only what has this ETag; False where there is none."""

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import anyio
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 
-from staged.driver import Driver, LogHandle, Record
+from staged.driver import Alive, Driver, LogHandle, Record, idle
 from staged.drivers._azure import Location
 from staged.drivers._cloud import Refused, at_once, mapped
 from staged.drivers._lake import MISSED, Lake, block_id
@@ -224,9 +224,11 @@ class AdlsDriver(Driver):
         tree, sealed = self._tree(tx, sealed=False), self._tree(tx, sealed=True)
         left = {join(sealed, entry.path): entry for entry in entries}
         with mapped():
-            there = await self._lake.head(tree)
-            if there is not None:
-                await self._try_rename(tree, there.identity, sealed)
+            there = await self._lake.head(tree) if await self._lake.head(sealed) is None else None
+            if there is not None and (refused := await self._try_rename(tree, there.identity, sealed)) is not None:
+                again = await self._lake.head(tree)
+                if again is not None and again.identity == there.identity:
+                    raise StorageError(f"{refused} What is staged is where it was.", retryable=True)
             self._sealed.add(tx)
             async with aclosing(self._lake.pages(sealed)) as pages:
                 staged = [found async for page in pages for found in page if not found.is_dir]
@@ -340,30 +342,33 @@ class AdlsDriver(Driver):
 
     # --------------------------------------------------------------------------------------------------------- tree swap
 
-    async def trees(self, tx: str) -> Trees:
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         sealed = self._tree(tx, sealed=True)
         with mapped():
             new, target = await self._lake.head(sealed), await self._lake.head(self._path)
-            if new is None:  # nothing was staged
+            # Not sealed yet, when a plan is only looked at.
+            new = new or await self._lake.head(self._tree(tx, sealed=False))
+            if new is None and tx in self._sealed:  # nothing was staged
                 await self._take_over_access(sealed)
                 await self._lake.make_directory(sealed)
                 new = await self._lake.head(sealed)
-            if target is not None and (nested := await self._nested()) is not None:
+            if target is not None and (nested := await self._nested(alive)) is not None:
                 raise Conflict.covering(nested)
-        if new is None:
+        if new is None and tx in self._sealed:
             raise StorageError(f"The staging of transaction {tx} is gone.")
-        return Trees(new.identity, None if target is None else target.identity)
+        return Trees("" if new is None else new.identity, None if target is None else target.identity)
 
-    async def _nested(self) -> str | None:
+    async def _nested(self, alive: Alive) -> str | None:
         """Something in the control area of another target below, if there is one."""
         async with aclosing(self._lake.pages(self._path)) as pages:
             async for page in pages:
+                await alive()
                 for found in map(self._below, page):
                     if RESERVED in found.path.split("/"):
                         return found.path
         return None
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
         sealed, answer = self._tree(tx, sealed=True), Answer.ALREADY
         refused: Refused | None = None
         with mapped():
@@ -374,23 +379,23 @@ class AdlsDriver(Driver):
                 if staged is None or staged.identity != trees.new:
                     return Answer.LOST
                 if target is not None:
-                    aside = await self._aside(target, trees, old)
+                    aside = await self._aside(target, trees, old, alive)
                     if aside is None:
                         return Answer.FOREIGN
                     refused = await self._try_rename(self._path, target.identity, aside)
-                # Nothing between the two renames: readers find no target meanwhile.
-                refused = await self._try_rename(sealed, trees.new, self._path) or refused
+                # Nothing between the two renames, and ahead of all others: readers find no target meanwhile.
+                refused = await self._try_rename(sealed, trees.new, self._path, urgent=True) or refused
                 answer = Answer.DONE
             if refused is not None:
                 raise refused
         return Answer.FOREIGN
 
-    async def _aside(self, target: Listed, trees: Trees, old: str) -> str | None:
+    async def _aside(self, target: Listed, trees: Trees, old: str, alive: Alive) -> str | None:
         """Where to put what is in the target's place; None where it was not to be replaced."""
         # In a directory made for it, whose age is that of the swap: a tree keeps its own.
         aside = f"{self._control}/old/{old}/tree"
         if target.identity == trees.target:
-            if await self._nested() is not None:
+            if await self._nested(alive) is not None:
                 return None  # a target that was begun below since the plan was made would be carried away
             await self._lake.make_directory(f"{self._control}/old/{old}")
             return aside
@@ -402,10 +407,10 @@ class AdlsDriver(Driver):
         _log.warning("Something foreign came to %s during a commit; it is kept at %s.", self.url, foreign)
         return foreign
 
-    async def _try_rename(self, source: str, identity: str, goal: str) -> Refused | None:
+    async def _try_rename(self, source: str, identity: str, goal: str, *, urgent: bool = False) -> Refused | None:
         """Rename, and return what was answered instead, if anything: the caller looks where things are."""
         try:
-            await self._lake.rename(source, identity, goal, None, set())
+            await self._lake.rename(source, identity, goal, None, set(), urgent=urgent)
         except Refused as error:
             if error.status not in MISSED:
                 raise

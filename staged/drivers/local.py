@@ -31,7 +31,7 @@ from typing import Literal, TypeVar
 from anyio import to_thread
 
 from staged import paths
-from staged.driver import Driver, LogHandle, Record
+from staged.driver import Alive, Driver, LogHandle, Record, idle
 from staged.drivers import _posix
 from staged.drivers._area import ControlArea, exists, remove_tree, unlink
 from staged.drivers._posix import FILE, CountedLock, file_identity, opened
@@ -597,7 +597,7 @@ class LocalDriver(Driver):
 
     # --------------------------------------------------------------------------------------------------------- tree swap
 
-    async def trees(self, tx: str) -> Trees:
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         return await self._run(lambda: self._trees(tx), _lease(tx))
 
     def _trees(self, tx: str) -> Trees:
@@ -617,7 +617,7 @@ class LocalDriver(Driver):
         except FileNotFoundError:
             return Trees(new, None)
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
         return await self._run(lambda: self._swap(tx, trees, old), "lock")
 
     def _swap(self, tx: str, trees: Trees, old: str) -> Answer:

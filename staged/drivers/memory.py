@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from staged import paths
-from staged.driver import Driver, LogHandle, Record
+from staged.driver import Alive, Driver, LogHandle, Record, idle
 from staged.errors import Conflict, InvalidInput, InvalidPath, StagingError
 from staged.model import Answer, Arranged, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, fold, join
@@ -294,13 +294,13 @@ class MemoryDriver(Driver):
             return self._storage.trees[self._path]
         return "first" if self._storage.below(self._path) else None
 
-    async def trees(self, tx: str) -> Trees:
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         nested = next((key for key in self._storage.records if key.startswith(f"{self._path}/")), None)
         if nested is not None:
             raise Conflict.covering(nested)
         return Trees(f"tree-{tx}", self._tree())
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
         await self._step("swap: the old tree aside")
         answer = self._swap_to_do(tx, trees)
         if answer is not None:

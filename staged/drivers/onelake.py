@@ -17,7 +17,7 @@ from typing import Any
 from staged.drivers._cloud import Refused, mapped
 from staged.drivers.adls import AdlsDriver
 from staged.errors import Unsupported
-from staged.model import Capabilities
+from staged.model import Capabilities, Mode
 
 __all__ = ["OneLakeDriver"]
 
@@ -62,10 +62,15 @@ class OneLakeDriver(AdlsDriver):
                 if not await self._renames_keep_etags(place):
                     raise Unsupported(f"{self.url} gives what is renamed another ETag: nothing could be told by it.")
                 honoured = await self._honours_conditions(place)
+                swaps = honoured and await self._honours_conditions_of_trees(place)
             finally:
                 await self._lake.delete_tree(place)
-        if honoured:
+        if honoured and (swaps or not found.swaps_trees):
             return found
+        if honoured:
+            # A swap could put one tree into another: trees are moved file by file.
+            guarantees = {**found.guarantees, Mode.FULL_DROP: found.guarantees[Mode.APPEND]}
+            return replace(found, swaps_trees=False, guarantees=guarantees)
         weaker = {mode: given - {"serialised", "fenced"} for mode, given in found.guarantees.items()}
         return replace(found, guarantees=weaker)
 
@@ -103,6 +108,19 @@ class OneLakeDriver(AdlsDriver):
                 if error.status not in (409, 412):
                     raise
             else:
+                return False
+        return True
+
+    async def _honours_conditions_of_trees(self, place: str) -> bool:
+        """Whether a directory goes neither onto another nor into it, and not where it is not the one that was meant."""
+        for name in ("from", "onto"):
+            await self._lake.write(f"{place}/trees/{name}/file", b"1", token_hex(12))
+        source, there = [await self._lake.head(f"{place}/trees/{name}") for name in ("from", "onto")]
+        if source is None or there is None:
+            return False
+        for identity, goal in ((source.identity, "onto"), (there.identity, "free")):
+            await self._try_rename(f"{place}/trees/from", identity, f"{place}/trees/{goal}")
+            if await self._lake.head(f"{place}/trees/from") is None:
                 return False
         return True
 

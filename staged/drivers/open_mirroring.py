@@ -24,6 +24,7 @@ import anyio
 import msgspec
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 
+from staged.driver import Alive, idle
 from staged.drivers._cloud import mapped
 from staged.drivers.onelake import OneLakeDriver
 from staged.errors import Conflict, InvalidInput, StagingError, StorageError, Unsupported
@@ -39,6 +40,8 @@ PARTNER = "_partnerEvents.json"
 LAST_INDEX = "last_index"
 """The name in a commit's meta under which the last index given is remembered."""
 _ZONE = "Files/LandingZone"
+_TABLES = "Files/Monitoring/tables.json"
+"""Where the service lists its tables."""
 _READ = ("", "/_ProcessedFiles", "/_FilesReadyToDelete")
 """Where the service leaves files of a table, in the order in which it moves them."""
 _INDEXED = re.compile(r"[0-9]{20}\.parquet")
@@ -153,6 +156,10 @@ class OpenMirroringDriver(OneLakeDriver):
         with mapped():
             there = None if afresh else await self._metadata()
             last = 0 if afresh else await self._last_index(meta)
+            if afresh and self._drop_wait is None and not await self._can_tell_drops():
+                raise StagingError(
+                    f"The service says nothing of its tables for {self.url}; pass drop_wait=, the seconds to wait instead."
+                )
             first = [] if self._agrees(there) else [await self._stage_metadata(tx)]
         for entry in entries:
             if entry.size == 0:
@@ -241,12 +248,12 @@ class OpenMirroringDriver(OneLakeDriver):
 
     # ---------------------------------------------------------------------------------------------------------- full_drop
 
-    async def trees(self, tx: str) -> Trees:
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         with mapped():
             target = await self._lake.head(self._path)
         return Trees("", None if target is None else target.identity)
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
         kept = f"{self._control}/old/{old}"
         with mapped():
             await self._lake.make_directory(kept)
@@ -260,7 +267,8 @@ class OpenMirroringDriver(OneLakeDriver):
                 refused = await self._try_rename(self._path, target.identity, f"{kept}/tree")
                 why = f"its folder could not be put aside ({refused})" if refused is not None else ""
             else:
-                why = "" if await self._is_dropped(kept) else "the service has not dropped it"
+                gone = await self._is_dropped(kept, was_there=trees.target is not None)
+                why = "" if gone else "the service has not dropped it"
                 if not why:
                     await self._lake.make_directory(self._path)
                     return Answer.DONE
@@ -271,18 +279,21 @@ class OpenMirroringDriver(OneLakeDriver):
         await anyio.sleep(self._drop_poll if why else 0)
         return Answer.PENDING
 
+    async def _can_tell_drops(self) -> bool:
+        """Whether the service will say when the table is gone, or there is none to go."""
+        there = await self._lake.head(f"{self._item}/{_TABLES}")
+        return there is not None or await self._lake.head(self._path) is None
+
     async def _waited(self, kept: str) -> float:
         return await self._lake.age(kept) or 0.0
 
-    async def _is_dropped(self, kept: str) -> bool:
+    async def _is_dropped(self, kept: str, *, was_there: bool) -> bool:
         """Whether the service no longer has the table, by what it says or by the time that went by."""
         if self._drop_wait is not None:
             return await self._waited(kept) >= self._drop_wait
-        found = await self._lake.get(f"{self._item}/Files/Monitoring/tables.json")
+        found = await self._lake.get(f"{self._item}/{_TABLES}")
         if found is None:
-            raise StorageError(
-                f"The service says nothing of its tables for {self.url}; pass drop_wait=, the seconds to wait for it instead."
-            )
+            return not was_there
         try:
             told = msgspec.json.decode(found[0], type=_Monitored)
         except msgspec.MsgspecError:

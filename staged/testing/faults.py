@@ -15,7 +15,7 @@ from typing import Literal, TypeVar
 
 import anyio
 
-from staged.driver import Driver, Lock, LogHandle, Record, Writer
+from staged.driver import Alive, Driver, Lock, LogHandle, Record, Writer, idle
 from staged.errors import InvalidInput, StagedError, StorageError
 from staged.model import Answer, Arranged, Capabilities, Entry, Listed, Trees
 
@@ -240,11 +240,11 @@ class FaultDriver(Driver):
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         return await self._through("remove", lambda: self.inner.remove(entries))
 
-    async def trees(self, tx: str) -> Trees:
-        return await self._through("trees", lambda: self.inner.trees(tx))
+    async def trees(self, tx: str, alive: Alive = idle) -> Trees:
+        return await self._through("trees", lambda: self.inner.trees(tx, alive))
 
-    async def swap(self, tx: str, trees: Trees, old: str) -> Answer:
-        return await self._through("swap", lambda: self.inner.swap(tx, trees, old))
+    async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
+        return await self._through("swap", lambda: self.inner.swap(tx, trees, old, alive))
 
     async def trim(self, keep: int, older_than: float) -> int:
         return await self._through("trim", lambda: self.inner.trim(keep, older_than))

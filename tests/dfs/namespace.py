@@ -139,6 +139,7 @@ class Namespace:
         page: Paths that one request of a recursive delete or a directory rename looks at; more take a continuation.
 
     Attributes:
+        conditions_of_goal: Conditions of a rename onto a directory are about what it would become in that directory.
         busy: What a service over the storage has in use: it is neither deleted nor renamed, nor is what is above it.
     """
 
@@ -151,6 +152,7 @@ class Namespace:
         self.filesystems: dict[str, Filesystem] = {}
         self.deleted: dict[str, Deleted] = {}
         self.busy: set[Place] = set()
+        self.conditions_of_goal = False
         self._etags = (f"0x8DC{number:012X}" for number in count(1))
         self._deletions = (str(133_000_000_000_000_000 + number) for number in count(1))
 
@@ -318,7 +320,10 @@ class Namespace:
         source_conditions.check(node, "SourceConditionNotMet")
         admit(node.lease, source_conditions.lease, self.now())
         there = self.get(*target)
-        conditions.check(there, exists="PathAlreadyExists")  # never recorded: If-None-Match: * and something there
+        # never recorded: whether If-None-Match: * is about what is named, or about where the source would come to be
+        into = self.conditions_of_goal and isinstance(there, Directory) and not legacy and there is not node
+        named = self.get(target[0], f"{target[1]}/{segments(source[1])[-1]}") if into else there
+        conditions.check(named, exists="PathAlreadyExists")  # never recorded: that it is refused so
         if there is not None and conditions.lease is not None:
             admit(there.lease, conditions.lease, self.now())
         elif conditions.lease is not None:

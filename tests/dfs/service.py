@@ -317,6 +317,8 @@ class Service:
 
     def _rename(self, request: Request, endpoint: Endpoint) -> Answer:
         source = _source(request.headers["x-ms-rename-source"])
+        if request.auth == "sas" and "sig=" not in request.headers["x-ms-rename-source"]:
+            raise Refused("AuthorizationPermissionMismatch")  # never recorded; reported of a source that is not signed
         mode = request.query.get("mode", "posix")
         if mode not in ("legacy", "posix"):
             raise Refused("InvalidQueryParameterValue")
