@@ -130,11 +130,14 @@ class Answer(StrEnum):
     """What became of one entry that was published or removed.
 
     `DONE`: by this call. `ALREADY`: by an earlier one. `FOREIGN`: something that is not ours is there, and was left.
-XX
+    `LOST`: our staged thing is gone and what is at its name is not ours. `PENDING`, of a swap: it is under way; call again.
+    """
+
     DONE = "done"
     ALREADY = "already"
     FOREIGN = "foreign"
     LOST = "lost"
+    PENDING = "pending"
 
 
 @dataclass(frozen=True, slots=True)
