@@ -18,8 +18,9 @@ from etl_runs import DROPPED, ENTITIES, KEYS, RUNS, lines, load, opened, source
 from kinds import KINDS, Place, place_of
 from recipes import etl
 
-from staged import StagingError, open_store
+from staged import StagingError, StorageError, open_store
 from staged.drivers.memory import MemoryDriver, MemoryStorage
+from staged.testing.faults import FaultDriver, Moment
 
 SOAK = int(os.environ.get("STAGED_SOAK", "1"))
 
@@ -117,3 +118,28 @@ async def test_an_entity_that_fails_at_every_try_stays_as_it_was_and_the_others_
     metas = {name: await stores[name].meta() for name in rows}
     assert {name: meta["watermark"] for name, meta in metas.items()} == {"good": 2, "bad": 1, "empty": 1}
     assert (await stores["journal"].status()).commits == 4
+
+
+@pytest.mark.anyio
+async def test_a_line_that_a_run_did_not_come_to_is_written_by_the_next_one() -> None:
+    broken = True
+
+    async def gate(call: str, moment: Moment) -> None:
+        if broken and call.startswith("cas"):
+            raise StorageError("The journal cannot be written.")
+
+    async def give(after: int) -> AsyncGenerator[pyarrow.Table, None]:
+        yield pyarrow.table({"id": [after + 1]})
+
+    storage = MemoryStorage()
+    stores = {"a": open_store(MemoryDriver("a", storage=storage))}
+    journal = open_store(FaultDriver(MemoryDriver("journal", storage=storage), gate))
+    for run in RUNS:
+        failed = await etl.run_all(run, [etl.Entity("a", "append", give)], stores, journal)
+        assert failed.keys() == ({"a"} if broken else set())
+        broken = False
+    assert await stores["a"].meta() == {
+        "watermark": 2,
+        "journal": {"run": "2", "entity": "a", "mode": "append", "phase": "committed", "rows": 1, "watermark": 2},
+    }
+    assert (await journal.status()).commits == 2
