@@ -9,7 +9,7 @@ import re
 import sqlite3
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import aclosing, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ import pyarrow as pa
 import pytest
 from anyio import to_thread
 from pyarrow.dataset import write_dataset
+from recipes.etl import Entity
 
 import staged.sync
-from staged import errors, open_store
+from staged import Store, errors, open_store
 from staged.drivers.memory import MemoryDriver
 from staged.model import Receipt
 from staged.testing.conformance import DriverConformance
@@ -69,6 +70,7 @@ async def what_it_uses(block: str, root: Path) -> dict[str, Any]:
         **{"to_thread": to_thread, "open_store": open_store, "write_dataset": write_dataset, "Receipt": Receipt},
         **{"DriverConformance": DriverConformance, "Harness": Harness, "MyHarness": MemoryDriver},
         **{"table": TABLE, "frame": polars.DataFrame(TABLE), "batch": TABLE.to_batches()[0], "chunks": chunks()},
+        **{"Any": Any, "Entity": Entity, "Store": Store, "aclosing": aclosing, "pyarrow": pa},
         **{"store": open_store(lake), "lake": lake, "at_once": 4, "tables": {"a": read, "b": read}},
     }
 
