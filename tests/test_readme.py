@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import aclosing, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ import pytest
 from anyio import to_thread
 from dfs import DfsServer
 from pyarrow.dataset import write_dataset
+from recipes.etl import Entity
 
 import staged.sync
-from staged import errors, open_store
+from staged import Store, errors, open_store
 from staged.drivers.memory import MemoryDriver
 from staged.model import Receipt
 from staged.testing.conformance import DriverConformance
@@ -72,6 +73,7 @@ async def what_it_uses(block: str, root: Path) -> dict[str, Any]:
         **{"DriverConformance": DriverConformance, "Harness": Harness, "MyHarness": MemoryDriver},
         **{"table": TABLE, "frame": polars.DataFrame(TABLE), "batch": TABLE.to_batches()[0], "chunks": chunks()},
         **{"changed": pa.table({"id": [1], "v": ["a"]}), "gone": pa.table({"id": [2], "v": ["b"]})},
+        **{"Any": Any, "Entity": Entity, "Store": Store, "aclosing": aclosing, "pyarrow": pa},
         **{"store": open_store(lake), "lake": lake, "at_once": 4, "tables": {"a": read, "b": read}},
     }
 
