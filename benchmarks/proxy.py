@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from contextlib import suppress
 
 
 async def pump(source: asyncio.StreamReader, goal: asyncio.StreamWriter, delay: float) -> None:
@@ -17,7 +18,8 @@ async def pump(source: asyncio.StreamReader, goal: asyncio.StreamWriter, delay: 
 async def serve(port: int, delay: float) -> None:
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         other, onward = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(pump(reader, onward, delay), pump(other, writer, 0.0), return_exceptions=True)
+        with suppress(asyncio.CancelledError):  # in the end
+            await asyncio.gather(pump(reader, onward, delay), pump(other, writer, 0.0), return_exceptions=True)
 
     server = await asyncio.start_server(connect, "127.0.0.1", 0)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)

@@ -600,9 +600,10 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
     target, header = held.target, decided.header
     driver, tx = target.driver, header.transaction
     try:
+        left: Sequence[Entry] = ()
+        foreign = 0
         if header.trees is not None:
             left = await _swap_trees(held, decided, header.trees, resolve)
-            foreign = 0
         if header.trees is None or (target.store.clears and not left):
             left = await _publish(held, decided.plan, resolve)
             foreign = await _remove(held, decided.plan.remove)

@@ -156,18 +156,6 @@ async def test_a_tree_that_takes_several_requests_to_rename_or_delete_is_renamed
 
 
 @pytest.mark.anyio
-async def test_looking_at_the_plan_changes_nothing_about_the_commit(server: DfsServer) -> None:
-    for mode in ("append", "full_drop"):
-        harness = AdlsHarness(server, period=30.0)
-        await harness.put("old", b"old")
-        async with open_store(harness.process()) as store, store.staged_write(mode, allow_empty=True) as tx:
-            await tx.plan()
-            await tx.write("a", b"1")
-            await tx.plan()
-        assert harness.content() == ({"a": b"1"} if mode == "full_drop" else {"a": b"1", "old": b"old"})
-
-
-@pytest.mark.anyio
 @pytest.mark.parametrize(
     "credential",
     [

@@ -74,9 +74,12 @@ async def test_the_service_sees_files_in_order_and_ends_with_the_rows_of_the_sou
     server: DfsServer, work: Changes, every: int
 ) -> None:
     mirror = await loaded(server, every=every, busy=2)
+    before = len(mirror.replicator.record.applied)
     async with open_store(mirror.driver()) as store:
         assert await work(store) == "committed"
     mirror.settle()
+    # All files of a batch become readable at one rename.
+    assert len({one.poll for one in mirror.replicator.record.applied[before:]}) == 1
     assert mirror.rows() == sorted(work.apply(PRIOR).items())
     assert mirror.wrong(*dropped(work)) == []
 

@@ -576,6 +576,16 @@ class DriverConformance:
         await store.gc(older_than=timedelta(0))
         assert await target.leftovers() == []
 
+    async def test_looking_at_the_plan_changes_nothing_about_the_commit(self, kind: Kind) -> None:
+        for mode in (Mode.APPEND, Mode.FULL_DROP):
+            target = kind.make()
+            await target.put("old", b"old")
+            async with open_store(target.process()) as store, store.staged_write(mode, allow_empty=True) as tx:
+                await tx.plan()
+                await tx.write("new", b"new")
+                await tx.plan()
+            assert await target.files() == {"new": b"new"} | ({"old": b"old"} if mode is Mode.APPEND else {})
+
     async def test_an_exception_in_the_block_is_unchanged_and_leaves_nothing(self, target: Harness) -> None:
         await target.put("old", b"old")
         store = open_store(target.process())
