@@ -182,7 +182,8 @@ def with_markers(
         InvalidInput: See `Transaction.write_changes`; also from the reader.
     """
     _check_table(data)
-    source = data.to_reader() if isinstance(data, pyarrow.Table) else _reader(data)
+    whole: Any = data if isinstance(data, pyarrow.Table) else None
+    source = _reader(data) if whole is None else whole.to_reader()
     names = source.schema.names
     if row_marker not in (*_MARKERS, "column", None):
         raise InvalidInput(f"row_marker= is one of {', '.join(_MARKERS)}, not {row_marker!r}.")
