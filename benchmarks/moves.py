@@ -24,8 +24,6 @@ from staged import open_store
 from staged.model import Event, Published
 
 ROUNDS = {100: 15, 10_000: 3, 100_000: 1}
-MANY = 100_000
-"""Files from which on only the bare loop and ours are tried: the others take minutes, and a file costs them the same."""
 
 
 def lay(directory: str, count: int, directories: int = 0) -> list[str]:
@@ -201,10 +199,6 @@ def commits(bench: Bench, count: int) -> None:
     }
     if bench.elsewhere is not None:
         contenders["fsspec transaction across devices"] = lambda: with_fsspec(bench, count, bench.elsewhere)
-    if count >= MANY:
-        contenders = {
-            name: run for name, run in contenders.items() if name.startswith(("os.rename", "the same", "staged"))
-        }
     rounds = 3 if bench.quick else ROUNDS[count]
     # The smaller sizes have warmed up what there is to warm up.
     bench.compare(group(count), contenders, rounds, base="os.rename, one after another", warm_up=count == 100)

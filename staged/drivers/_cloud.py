@@ -85,7 +85,7 @@ class Limit:
                 return await self._request(request)
             waits = anyio.current_time()
             if self._slots is None:
-                self._slots = anyio.CapacityLimiter(self.most)
+                self._slots = anyio.CapacityLimiter(int(self._now))
             # A slot belongs to the request: one task may well make two.
             async with _Slot(self._slots):
                 if (silence := self._silent_until - anyio.current_time()) > 0:
