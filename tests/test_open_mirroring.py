@@ -152,7 +152,9 @@ async def test_a_writer_that_dies_at_any_call_leaves_the_old_rows_or_the_new(
         number, shift = 0, anyio_backend == "trio"
         while True:
             mirror = await loaded(server, every=2)
-            gate = At(fault, 4 * number + 2 * shift)  # every fourth call, on one loop others than on the other
+            # Every fourth call, on one loop others than on the other; in a soak every call on both.
+            stride = max(1, 4 // SOAK)
+            gate = At(fault, stride * number + shift * (stride // 2))
             async with open_store(FaultDriver(mirror.driver(), gate)) as store:
                 said = await attempt(lambda: work(store))
             mirror.settle(3)
@@ -188,10 +190,41 @@ async def test_indexes_go_on_after_what_was_read_is_gone_and_begin_at_1_after_a_
         await Changes("full_drop", (("insert", ((1, "x"),)),))(store)
         mirror.settle()
         await Changes("append", (("insert", ((2, "y"),)),))(store)
-        assert await store.meta() == {"last_index": 2}
+        assert await store.meta() == {"staged.last_index": 2}
     mirror.settle()
     assert [int(file.name[:20]) for file in mirror.replicator.record.applied] == [1, 2, 3, 1, 2]
     assert mirror.rows() == [(1, "x"), (2, "y")]
+    assert mirror.wrong("t") == []
+
+
+async def test_writers_at_once_take_their_indexes_one_after_another(server: DfsServer) -> None:
+    mirror = await loaded(server)
+
+    async def write(number: int) -> None:
+        async with open_store(mirror.driver(period=10.0)) as store:
+            files = tuple(("insert", ((10 * number + file, f"{number}"),)) for file in range(2))
+            await Changes("append", files)(store)  # type: ignore[arg-type]
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(1, 6):
+            tasks.start_soon(write, number)
+    mirror.settle()
+    added = [(10 * number + file, f"{number}") for number in range(1, 6) for file in range(2)]
+    assert mirror.rows() == sorted([*PRIOR.items(), *added])
+    assert [int(file.name[:20]) for file in mirror.replicator.record.applied] == list(range(1, 13))
+    assert mirror.wrong() == []
+
+
+async def test_what_was_prepared_before_a_full_drop_is_appended_after_it(server: DfsServer) -> None:
+    mirror = await loaded(server)
+    async with open_store(mirror.driver(period=10.0)) as store, open_store(mirror.driver(period=10.0)) as other:
+        tx = await store.begin("append")
+        await tx.write_changes(table_of({4: "d"}), "insert")
+        await tx.prepare()
+        await WORKS[2](other)
+        await tx.commit()
+    mirror.settle()
+    assert mirror.rows() == sorted([*WORKS[2].apply(PRIOR).items(), (4, "d")])
     assert mirror.wrong("t") == []
 
 

@@ -37,7 +37,7 @@ __all__ = ["OpenMirroringDriver"]
 
 METADATA = "_metadata.json"
 PARTNER = "_partnerEvents.json"
-LAST_INDEX = "last_index"
+LAST_INDEX = "staged.last_index"
 """The name in a commit's meta under which the last index given is remembered."""
 _ZONE = "Files/LandingZone"
 _TABLES = "Files/Monitoring/tables.json"
