@@ -635,6 +635,7 @@ async def _clean_up(target: Target, decided: _Decided) -> None:
 async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Resolve | None) -> Sequence[Entry]:
     """Swap the trees; what was left out because something foreign is in the target's place."""
     driver, header = held.target.driver, decided.header
+    resolve = None if held.target.store.adds_only else resolve
     aside = f"{header.epoch:016d}-{header.transaction}"
     answer = await _swap(held, trees, aside)
     if answer in (Answer.FOREIGN, Answer.LOST):
@@ -664,6 +665,7 @@ async def _swap(held: Held, trees: Trees, aside: str) -> Answer:
 async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[Entry]:
     """Publish all entries; those left out because something foreign is in their place."""
     target, tx = held.target, held.head.transaction or ""
+    resolve = None if target.store.adds_only else resolve  # nothing may be left out, and nothing replaced
     left: list[Entry] = []
     for batch in _batches(plan.publish, target.store):
         await held.renew()

@@ -76,6 +76,8 @@ class Options:
     def __post_init__(self) -> None:
         check_key(self.key)
         check_meta(self.meta or {})
+        if any(name.startswith("staged.") for name in self.meta or {}):
+            raise InvalidInput("Names in the meta that begin with 'staged.' are the store's own.")
         if self.partitions is not None and self.mode is not Mode.OVERWRITE_PARTITIONS:
             raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
         for partition in self.partitions or ():

@@ -207,6 +207,8 @@ def _check_nesting(
 
 def guarded(work: Work, store: Capabilities) -> list[str]:
     """Our names that no commit since our base may have touched: what we write, unless we replace it all, and delete."""
+    if store.adds_only:
+        return []  # names are given under the head
     written = [entry.path for entry in work.entries] if work.mode in BLIND or store.strict_overlap else []
     return [*written, *work.deletes]
 

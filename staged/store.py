@@ -45,7 +45,7 @@ _DRIVERS = (
     (r"file://", "staged.drivers.local", "LocalDriver", ""),
     (r"memory://", "staged.drivers.memory", "MemoryDriver", ""),
     (
-        r"(abfss?://[^/]*@|https://)[a-z0-9-]*onelake\.dfs\.fabric\.microsoft\.com/.*/Files/LandingZone/",
+        r"(abfss?://[^/]*@|https://)[a-z0-9-]*onelake\.dfs\.fabric\.microsoft\.com/.*/Files/LandingZone([/?]|$)",
         "staged.drivers.open_mirroring",
         "OpenMirroringDriver",
         "adls",
@@ -349,10 +349,9 @@ class Store:
     async def _begin(self, options: Options, require: frozenset[Guarantee], *, block: bool) -> Transaction:
         try:
             target = await self._probed()
-            if target.store.adds_only and options.mode in (Mode.OVERWRITE_FILES, Mode.OVERWRITE_PARTITIONS):
+            if target.store.adds_only and options.mode not in target.store.guarantees:
                 raise Unsupported(
-                    f"{self.url} keeps what was published as it is; mode {options.mode.value!r} would replace files. Nothing "
-                    "was begun."
+                    f"{self.url} keeps what was published as it is, and has no mode {options.mode.value!r}. Nothing was begun."
                 )
             missing = require - target.store.guarantees.get(options.mode, frozenset())
             if missing:

@@ -194,7 +194,8 @@ class Mirrored(Served):
 
     def _make(self) -> None:
         self.server.add_item(self.filesystem, DATABASE)
-        self.replicator = Replicator(self.server.namespace, self.filesystem, DATABASE)
+        # What was read stays for seven days: for longer than any run.
+        self.replicator = Replicator(self.server.namespace, self.filesystem, DATABASE, removed_after=1_000_000)
         self.server.before = self.replicator.before_requests(every=5)
         self.settle()
 

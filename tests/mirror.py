@@ -31,7 +31,8 @@ class Mirror:
         assert server.onelake is not None
         self.server, self.workspace = server, f"ws{next(_NUMBERS)}"
         server.add_item(self.workspace, ITEM)
-        self.replicator = Replicator(server.namespace, self.workspace, ITEM, **options)
+        # What was read stays for seven days: for longer than any of these histories.
+        self.replicator = Replicator(server.namespace, self.workspace, ITEM, **{"removed_after": 1_000_000} | options)
         server.before = self.replicator.before_requests(every=every)
 
     @property
@@ -60,6 +61,10 @@ class Mirror:
     def wrong(self, *dropped: str) -> list[str]:
         """What the service should never have seen; `dropped` are tables that were meant to be dropped."""
         return self.server.call(lambda: list(map(str, self.replicator.violations(dropped))))
+
+    def drops(self) -> list[str]:
+        """Why the service dropped tables, each time."""
+        return self.server.call(lambda: [drop.why for drop in self.replicator.record.drops])
 
     def names(self, below: str = "t") -> list[str]:
         """All files in the landing zone below a directory."""

@@ -148,7 +148,11 @@ def test_the_independent_modules_import_nothing_of_ours() -> None:
 
 
 # Drivers that are another one under other rules.
-EXTENDS = {("drivers.onelake", "drivers.adls"), ("drivers.open_mirroring", "drivers.onelake")}
+EXTENDS = {
+    ("drivers.onelake", "drivers.adls"),
+    ("drivers.open_mirroring", "drivers.adls"),
+    ("drivers.open_mirroring", "drivers.onelake"),
+}
 
 
 def test_drivers_import_the_interface_and_their_own_helpers_only() -> None:

@@ -82,6 +82,7 @@ async def test_the_service_sees_files_in_order_and_ends_with_the_rows_of_the_sou
     assert len({one.poll for one in mirror.replicator.record.applied[before:]}) == 1
     assert mirror.rows() == sorted(work.apply(PRIOR).items())
     assert mirror.wrong(*dropped(work)) == []
+    assert mirror.drops() == ["gone"] * len(dropped(work))
 
 
 async def test_one_fault_at_any_request_loses_and_doubles_no_row(
@@ -108,6 +109,7 @@ async def test_one_fault_at_any_request_loses_and_doubles_no_row(
             await repaired(mirror)
             assert (said, mirror.rows()) == ("committed", expected), text
             assert mirror.wrong(*dropped(work)) == [], text
+            assert mirror.drops() == ["gone"] * len(dropped(work)), text
             kinds[kind] += 1
             at += max(1, 61 // SOAK) + number
     figure(
@@ -164,6 +166,7 @@ async def test_a_writer_that_dies_at_any_call_leaves_the_old_rows_or_the_new(
             assert mirror.rows() in (old, new), (fault, gate.struck)
             assert said != "committed" or mirror.rows() == new
             assert mirror.wrong(*dropped(work)) == [], (fault, gate.struck)
+            assert mirror.drops() == ["gone"] * (len(dropped(work)) if mirror.rows() == new else 0), gate.struck
             if mirror.rows() == old:
                 assert seen == old, (fault, gate.struck)
             async with open_store(mirror.driver()) as store:
@@ -190,7 +193,8 @@ async def test_indexes_go_on_after_what_was_read_is_gone_and_begin_at_1_after_a_
         await Changes("full_drop", (("insert", ((1, "x"),)),))(store)
         mirror.settle()
         await Changes("append", (("insert", ((2, "y"),)),))(store)
-        assert await store.meta() == {"staged.last_index": 2}
+        remembered: Any = (await store.meta())["staged.last_index"]
+        assert remembered["index"] == 2
     mirror.settle()
     assert [int(file.name[:20]) for file in mirror.replicator.record.applied] == [1, 2, 3, 1, 2]
     assert mirror.rows() == [(1, "x"), (2, "y")]
@@ -324,6 +328,46 @@ async def test_a_full_drop_that_waits_too_long_is_incomplete_and_completed_by_re
         await store.recover()
     mirror.settle()
     assert (mirror.rows(), mirror.wrong("t")) == ([(1, "x")], [])
+
+
+async def test_what_vanished_from_staging_is_no_success(server: DfsServer) -> None:
+    mirror = await loaded(server)
+    async with open_store(mirror.driver()) as store:
+        tx = await store.begin("append")
+        await tx.write_changes(table_of({4: "d"}), "insert")
+        await tx.prepare()
+        driver = mirror.driver()
+        arranged = await driver.arrange(tx.id, tx.entries, await store.meta(), afresh=False)
+        assert arranged is not None
+        for name in mirror.server.namespace.paths(mirror.workspace):
+            if "/sealed/" in name:
+                server.namespace.delete(mirror.workspace, name)
+        assert await driver.publish(tx.id, arranged.entries, {}) == ["lost"]
+        await driver.aclose()
+        await tx.rollback()
+
+
+async def test_a_schema_and_a_landing_zone_are_no_tables(server: DfsServer) -> None:
+    mirror = Mirror(server)
+    for path in ("dbo.schema", "", "a/b"):
+        async with open_store(mirror.driver(path)) as store:
+            with pytest.raises(Unsupported, match="no table"):
+                await store.begin("full_drop")
+    zone = f"abfss://ws@onelake.dfs.fabric.microsoft.com/{ZONE}"
+    assert type(open_store(zone, credential="sig=1")._driver) is OpenMirroringDriver
+
+
+async def test_a_folder_that_somebody_made_anew_begins_at_1_again(server: DfsServer) -> None:
+    mirror = await loaded(server)
+    async with open_store(mirror.driver()) as store:
+        await Changes("append", (("insert", ((4, "d"),)),))(store)
+    server.namespace.delete(mirror.workspace, f"{ZONE}/t", recursive=True)
+    mirror.settle()
+    server.namespace.create(mirror.workspace, f"{ZONE}/t/_metadata.json", b'{"keyColumns":["id"]}')
+    async with open_store(mirror.driver()) as store:
+        await Changes("append", (("insert", ((5, "e"),)),))(store)
+    mirror.settle()
+    assert (mirror.rows(), mirror.wrong("t")) == ([(5, "e")], [])
 
 
 async def test_a_full_drop_waits_a_fixed_time_where_that_is_asked() -> None:

@@ -15,9 +15,11 @@ Facts: "Open mirroring landing zone requirements and format" and "Best practices
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal
 
 import anyio
@@ -25,10 +27,11 @@ import msgspec
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 
 from staged.driver import Alive, idle
-from staged.drivers._cloud import mapped
+from staged.drivers._cloud import Refused, mapped
+from staged.drivers.adls import STAGING
 from staged.drivers.onelake import OneLakeDriver
 from staged.errors import Conflict, InvalidInput, StagingError, StorageError, Unsupported
-from staged.model import Answer, Arranged, Capabilities, Entry, Mode, Trees
+from staged.model import Answer, Arranged, Capabilities, Entry, Listed, Mode, Trees
 
 if TYPE_CHECKING:
     from staged.drivers._azure import Credential
@@ -44,9 +47,12 @@ _TABLES = "Files/Monitoring/tables.json"
 """Where the service lists its tables."""
 _READ = ("", "/_ProcessedFiles", "/_FilesReadyToDelete")
 """Where the service leaves files of a table, in the order in which it moves them."""
-_INDEXED = re.compile(r"[0-9]{20}\.parquet")
+_INDEXED = re.compile(r"[0-9]{20}\..+")
 _OURS = re.compile(r"part-[0-9a-f]+-[0-9]+\.parquet")
-_TABLE = re.compile(r"([^/.]+\.schema/)?[^/_.][^/]*")
+_TABLE = re.compile(r"([^/.]+\.schema/)?(?![^/]*\.schema$)[^/_.][^/]*")
+
+
+_log = logging.getLogger("staged")
 
 
 class _Metadata(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -113,8 +119,12 @@ class OpenMirroringDriver(OneLakeDriver):
                 'keys= is a list of columns, detection= is "sequence" or "update_time", scratch= "_tmp" or "_scratchPad".'
             )
         self._all_keys = keys
-        self._detection, self._upserts, self._partner, self._scratch = detection, upserts, partner, scratch
+        self._detection, self._upserts, self._scratch = detection, upserts, scratch
         self._drop_timeout, self._drop_wait, self._drop_poll = drop_timeout, drop_wait, drop_poll
+        try:
+            self._announcement = None if partner is None else msgspec.json.encode(dict(partner))
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"partner= cannot be written as JSON: {error}") from error
         super().__init__(path, credential=credential, client=client, limit=limit, period=period)
 
     def _place(self, path: str) -> None:
@@ -127,6 +137,7 @@ class OpenMirroringDriver(OneLakeDriver):
         self._control = f"{above}/{self._scratch}/{self._table}"
         keys = self._all_keys.get(self._table) if isinstance(self._all_keys, Mapping) else self._all_keys
         self._keys = None if keys is None else tuple(keys)
+        self._probed_keys = self._keys or ()
 
     async def probe(self) -> Capabilities:
         if not _TABLE.fullmatch(self._table):
@@ -134,16 +145,16 @@ class OpenMirroringDriver(OneLakeDriver):
         found = await super().probe()
         with mapped():
             there = await self._metadata()
-        kept = there.keyColumns if there is not None else ()
-        replacing = (Mode.OVERWRITE_FILES, Mode.OVERWRITE_PARTITIONS)
-        guarantees = {mode: given for mode, given in found.guarantees.items() if mode not in replacing}
+        self._probed_keys = there.keyColumns if there is not None else ()
+        if self._keys is not None:
+            self._probed_keys = self._keys
+        refused = {Mode.OVERWRITE_FILES, Mode.OVERWRITE_PARTITIONS}
+        if not found.swaps_trees or "fenced" not in found.guarantees[Mode.FULL_DROP]:
+            # A late rename could carry the new folder away, and drop the table.
+            refused.add(Mode.FULL_DROP)
+        guarantees = {mode: given for mode, given in found.guarantees.items() if mode not in refused}
         return replace(
-            found,
-            swaps_trees=True,
-            clears=True,
-            adds_only=True,
-            keys=kept if self._keys is None else self._keys,
-            guarantees=guarantees,
+            found, swaps_trees=True, clears=True, adds_only=True, keys=self._probed_keys, guarantees=guarantees
         )
 
     # ------------------------------------------------------------------------------------------------------ names and order
@@ -151,27 +162,27 @@ class OpenMirroringDriver(OneLakeDriver):
     async def arrange(
         self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
     ) -> Arranged | None:
-        if not entries:
-            return Arranged((), {LAST_INDEX: 0}) if afresh else None
         with mapped():
-            there = None if afresh else await self._metadata()
-            last = 0 if afresh else await self._last_index(meta)
             if afresh and self._drop_wait is None and not await self._can_tell_drops():
                 raise StagingError(
                     f"The service says nothing of its tables for {self.url}; pass drop_wait=, the seconds to wait instead."
                 )
-            first = [] if self._agrees(there) else [await self._stage_metadata(tx)]
+            there = await self._metadata()
+            first = [] if not entries or self._agrees(there, afresh=afresh) else [await self._stage_metadata(tx, there)]
+            folder = await self._new_folder(tx) if afresh else await self._lake.head(self._path)
+            last = 0 if afresh or folder is None else await self._last_index(meta, folder.identity)
         for entry in entries:
             if entry.size == 0:
                 raise StagingError(f"{entry.path!r} is empty: the service would wait for another file of that name.")
         if self._detection == "update_time":
             for entry in entries:
-                if "/" in entry.path or entry.path.startswith("_") or not entry.path.endswith(".parquet"):
-                    raise StagingError(f"{entry.path!r} is not the name of a Parquet file that the service looks for.")
+                if not _OURS.fullmatch(entry.path):
+                    raise StagingError(f"{entry.path!r} may have been used before; leave names to the store.")
             return Arranged((*first, *entries), {})
         named = [_named(entry, index) for index, entry in enumerate(entries, last + 1)]
+        remembered = {"index": last + len(named), "folder": folder.identity if folder is not None else None}
         # The lowest last: the service waits for it, and finds all of them.
-        return Arranged((*first, *reversed(named)), {LAST_INDEX: last + len(named)})
+        return Arranged((*first, *reversed(named)), {LAST_INDEX: remembered})
 
     async def _metadata(self) -> _Metadata | None:
         """What the table's `_metadata.json` says."""
@@ -183,42 +194,40 @@ class OpenMirroringDriver(OneLakeDriver):
         except msgspec.MsgspecError as error:
             raise StorageError(f"{METADATA} of {self.url} is not what the service takes: {error}") from error
 
-    def _wanted(self) -> _Metadata:
+    def _wanted(self, keys: tuple[str, ...]) -> _Metadata:
         strategies: dict[str, Any] = {"sequence": "SequentialFileName", "update_time": "LastUpdateTimeFileDetection"}
-        return _Metadata(self._keys or (), strategies[self._detection], self._upserts)
+        return _Metadata(keys, strategies[self._detection], self._upserts)
 
-    def _agrees(self, there: _Metadata | None) -> bool:
-        """Whether the table has the metadata that is asked for; False where it has none."""
-        if there is None:
-            if self._keys is None:
-                raise StagingError(
-                    f"{self.url} has no {METADATA} yet: pass keys=[…], or keys=[] for rows without keys."
-                )
+    def _agrees(self, there: _Metadata | None, *, afresh: bool) -> bool:
+        """Whether the table has the metadata that is asked for; False where it has none, or will have none."""
+        if there is None and self._keys is None:
+            raise StagingError(f"{self.url} has no {METADATA} yet: pass keys=[…], or keys=[] for rows without keys.")
+        if there is None or afresh:
             return False
-        wanted = self._wanted()
-        if self._keys is None:
-            wanted = msgspec.structs.replace(wanted, keyColumns=there.keyColumns)
-        if there != wanted:
+        wanted = self._wanted(self._keys if self._keys is not None else there.keyColumns)
+        if there != wanted or there.keyColumns != self._probed_keys:
             raise Conflict(
                 f"The {METADATA} of {self.url} says {_said(there)}, and was opened with {_said(wanted)}. That cannot be "
-                "changed but by a full_drop.",
+                "changed but by a full_drop; where another process changed it, open the store again.",
                 retryable=False,
             )
         return True
 
-    async def _last_index(self, meta: Mapping[str, object]) -> int:
+    async def _last_index(self, meta: Mapping[str, object], folder: str) -> int:
         """The last index that was ever given in this folder."""
-        if await self._lake.head(self._path) is None:
-            return 0
         # In the order in which files move on, so that none is missed on its way.
         names = [name for place in _READ for name in await self._names(f"{self._path}{place}")]
-        remembered = meta.get(LAST_INDEX)
         indexes = [int(name[:20]) for name in names if _INDEXED.fullmatch(name)]
-        return max([remembered if isinstance(remembered, int) else 0, *indexes])
+        match meta.get(LAST_INDEX):
+            # A folder that somebody else made anew begins at 1 again; the first one had no identity yet.
+            case {"index": int(index), "folder": str() | None as remembered} if remembered in (None, folder):
+                indexes.append(index)
+        return max(indexes, default=0)
 
-    async def _stage_metadata(self, tx: str) -> Entry:
-        body = msgspec.json.encode(self._wanted())
-        identity = await self._lake.write(f"{self._tree(tx, sealed=True)}/{METADATA}", body, tx)
+    async def _stage_metadata(self, tx: str, there: _Metadata | None) -> Entry:
+        keys = self._keys if self._keys is not None else there.keyColumns if there is not None else ()
+        body = msgspec.json.encode(self._wanted(keys))
+        identity = await self._lake.write(f"{self._tree(tx, sealed=True)}/{METADATA}", body, token_hex(12))
         return Entry(METADATA, len(body), identity, METADATA, rows=0)
 
     # -------------------------------------------------------------------------------------------------------------- publish
@@ -229,54 +238,88 @@ class OpenMirroringDriver(OneLakeDriver):
         last = max(first, len(entries) - 1)
         answers: list[Answer] = []
         for batch in (entries[:first], entries[first:last], entries[last:]):
-            answers += await super().publish(tx, batch, replaces)
-        return [
-            Answer.ALREADY if answer is Answer.LOST and await self._is_read(entry) else answer
-            for entry, answer in zip(entries, answers, strict=True)
-        ]
+            if any(answer in (Answer.FOREIGN, Answer.LOST) for answer in answers):
+                # What comes later in this order would let the service read past what is missing.
+                answers += [Answer.FOREIGN] * len(batch)
+                continue
+            answers += [
+                Answer.ALREADY if answer is Answer.LOST and await self._is_read(entry) else answer
+                for entry, answer in zip(batch, await super().publish(tx, batch, replaces), strict=True)
+            ]
+        return answers
 
     async def _is_read(self, entry: Entry) -> bool:
-        """Whether a file that is no longer staged is not in its place either: then the service has read it."""
+        """Whether there is evidence that the service has read a file that is neither staged nor in its place."""
+        if entry.path == METADATA:
+            return False
         with mapped():
-            return await self._lake.head(f"{self._path}/{entry.path}") is None
+            if await self._lake.head(f"{self._path}/{entry.path}") is not None:
+                return False
+            for place in _READ[1:]:
+                there = await self._lake.head(f"{self._path}{place}/{entry.path}")
+                if there is not None and there.identity == entry.identity:
+                    return True
+            # It is removed after seven days; what comes later in the sequence was not read before it.
+            moved = [name for place in _READ[1:] for name in await self._names(f"{self._path}{place}")]
+        return self._detection == "sequence" and any(_INDEXED.fullmatch(name) and name > entry.path for name in moved)
 
     async def _announce(self) -> None:
-        """Say who publishes, if nobody did; the file belongs to all tables."""
-        if self._partner is not None:
-            with mapped():
-                await self._lake.put(f"{self._zone}/{PARTNER}", msgspec.json.encode(dict(self._partner)), replaces=None)
+        """Say who publishes, if nobody did; the file belongs to all tables, and no commit depends on it."""
+        if self._announcement is not None:
+            try:
+                await self._lake.put(f"{self._zone}/{PARTNER}", self._announcement, replaces=None)
+            except Refused as error:
+                _log.warning("%s could not be written: %s", PARTNER, error)
 
     # ---------------------------------------------------------------------------------------------------------- full_drop
 
+    async def _new_folder(self, tx: str) -> Listed:
+        """The table's next folder, staged while it is empty: by its identity it is known that the old one was replaced."""
+        name = f"{self._control}/{STAGING}/{tx}/folder"
+        if (there := await self._lake.head(name)) is None:
+            await self._lake.make_directory(name)
+            there = await self._lake.head(name)
+        if there is None:
+            raise StorageError(f"The staging of transaction {tx} is gone.")
+        return there
+
     async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         with mapped():
-            target = await self._lake.head(self._path)
-        return Trees("", None if target is None else target.identity)
+            new, target = await self._new_folder(tx), await self._lake.head(self._path)
+        return Trees(new.identity, None if target is None else target.identity)
 
     async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
-        kept = f"{self._control}/old/{old}"
+        kept, new = f"{self._control}/old/{old}", f"{self._control}/{STAGING}/{tx}/folder"
+        why, since = "", kept
         with mapped():
-            await self._lake.make_directory(kept)
             target = await self._lake.head(self._path)
+            if target is not None and target.identity == trees.new:
+                return Answer.ALREADY
             if target is not None and target.identity != trees.target:
-                # Made anew once the table was dropped, by us or by whoever was faster; or something else came before that.
-                aside = await self._lake.head(f"{kept}/tree")
-                moved = trees.target is None or (aside is not None and aside.identity == trees.target)
-                return Answer.ALREADY if moved else Answer.FOREIGN
+                return Answer.FOREIGN
+            staged = await self._lake.head(new)
+            if staged is None or staged.identity != trees.new:
+                return Answer.LOST
             if target is not None:
-                refused = await self._try_rename(self._path, target.identity, f"{kept}/tree")
-                why = f"its folder could not be put aside ({refused})" if refused is not None else ""
+                await self._lake.make_directory(kept)
+                if (refused := await self._try_rename(self._path, target.identity, f"{kept}/tree")) is not None:
+                    why = f"its folder could not be put aside ({refused})"
             else:
-                gone = await self._is_dropped(kept, was_there=trees.target is not None)
-                why = "" if gone else "the service has not dropped it"
-                if not why:
-                    await self._lake.make_directory(self._path)
-                    return Answer.DONE
-            if why and await self._waited(kept) > self._drop_timeout:
+                # Made when the folder was first seen to be gone: by its age it is known how long that is.
+                since = f"{kept}/gone"
+                await self._lake.make_directory(since)
+                if await self._is_dropped(await self._waited(since), was_there=trees.target is not None):
+                    await self._try_rename(new, trees.new, self._path)
+                else:
+                    why = "the service has not dropped it"
+            if why and await self._waited(since) > self._drop_timeout:
                 raise StorageError(
                     f"The full_drop of {self.url} waits since {self._drop_timeout:g} seconds: {why}.", retryable=True
                 )
-        await anyio.sleep(self._drop_poll if why else 0)
+        until = anyio.current_time() + (self._drop_poll if why else 0)
+        while (left := until - anyio.current_time()) > 0:
+            await anyio.sleep(min(left, self._period / 8))
+            await alive()
         return Answer.PENDING
 
     async def _can_tell_drops(self) -> bool:
@@ -284,16 +327,19 @@ class OpenMirroringDriver(OneLakeDriver):
         there = await self._lake.head(f"{self._item}/{_TABLES}")
         return there is not None or await self._lake.head(self._path) is None
 
-    async def _waited(self, kept: str) -> float:
-        return await self._lake.age(kept) or 0.0
+    async def _waited(self, since: str) -> float:
+        return await self._lake.age(since) or 0.0
 
-    async def _is_dropped(self, kept: str, *, was_there: bool) -> bool:
-        """Whether the service no longer has the table, by what it says or by the time that went by."""
+    async def _is_dropped(self, gone: float, *, was_there: bool) -> bool:
+        """Whether the service no longer has the table, whose folder is gone for so many seconds."""
         if self._drop_wait is not None:
-            return await self._waited(kept) >= self._drop_wait
-        found = await self._lake.get(f"{self._item}/{_TABLES}")
-        if found is None:
+            return gone >= self._drop_wait
+        tables = f"{self._item}/{_TABLES}"
+        found, age = await self._lake.get(tables), await self._lake.age(tables)
+        if found is None or age is None:
             return not was_there
+        if was_there and age > gone:
+            return False  # written before
         try:
             told = msgspec.json.decode(found[0], type=_Monitored)
         except msgspec.MsgspecError:
