@@ -69,6 +69,6 @@ def map(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ours beside everything else, in about a quarter of an hour on a quiet machine; `-- --quick` for a first look."""
+    """Ours beside everything else, in most of an hour on a quiet machine; `-- --quick` for a first look."""
     install(session, "bench")
     session.run("python", "benchmarks", *session.posargs)
