@@ -255,9 +255,8 @@ class Transaction(Staging):
         """
         from staged import arrow
 
-        if (keys := self._target.store.keys) is None:
-            raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
-        await arrow.write_table(self, arrow.with_markers(data, row_marker or "column", keys), self._new_name(), False)
+        marked = arrow.with_markers(data, row_marker or "column", self._keys())
+        await arrow.write_table(self, marked, self._new_name(), False)
 
     async def replace_rows(self, data: object, *, present: object) -> None:
         """Make a table of Open Mirroring hold exactly these rows without dropping it: deletes and upserts in one batch.
@@ -271,13 +270,17 @@ class Transaction(Staging):
         """
         from staged import arrow
 
-        if (keys := self._target.store.keys) is None:
-            raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
-        rows, gone = await to_thread.run_sync(arrow.replacement, data, present, keys)
+        rows, gone = await to_thread.run_sync(arrow.replacement, data, present, self._keys())
         if gone.num_rows:
             await self.write_changes(gone, "delete")
         if rows.num_rows:
             await self.write_changes(rows, "upsert")
+
+    def _keys(self) -> tuple[str, ...]:
+        """The key columns of a store that takes changes; raises `Unsupported` for any other."""
+        if (keys := self._target.store.keys) is None:
+            raise Unsupported("Only an Open Mirroring store takes changes; see staged.open_mirror.")
+        return keys
 
     def parquet_writer(
         self, schema: object, path: str | None = None, *, overwrite: bool = False

@@ -273,9 +273,12 @@ class OpenMirroringDriver(OneLakeDriver):
 
     # ---------------------------------------------------------------------------------------------------------- full_drop
 
+    def _folder(self, tx: str) -> str:
+        return f"{self._control}/{STAGING}/{tx}/folder"
+
     async def _new_folder(self, tx: str) -> Listed:
         """The table's next folder, staged while it is empty: by its identity it is known that the old one was replaced."""
-        name = f"{self._control}/{STAGING}/{tx}/folder"
+        name = self._folder(tx)
         if (there := await self._lake.head(name)) is None:
             await self._lake.make_directory(name)
             there = await self._lake.head(name)
@@ -289,7 +292,7 @@ class OpenMirroringDriver(OneLakeDriver):
         return Trees(new.identity, None if target is None else target.identity)
 
     async def swap(self, tx: str, trees: Trees, old: str, alive: Alive = idle) -> Answer:
-        kept, new = f"{self._control}/old/{old}", f"{self._control}/{STAGING}/{tx}/folder"
+        kept, new = f"{self._control}/old/{old}", self._folder(tx)
         why, since = "", kept
         with mapped():
             target = await self._lake.head(self._path)
@@ -308,10 +311,10 @@ class OpenMirroringDriver(OneLakeDriver):
                 # Made when the folder was first seen to be gone: by its age it is known how long that is.
                 since = f"{kept}/gone"
                 await self._lake.make_directory(since)
-                if await self._is_dropped(await self._waited(since), was_there=trees.target is not None):
-                    await self._try_rename(new, trees.new, self._path)
-                else:
+                if not await self._is_dropped(await self._waited(since), was_there=trees.target is not None):
                     why = "the service has not dropped it"
+                elif (refused := await self._try_rename(new, trees.new, self._path)) is not None:
+                    why = f"its new folder could not be put in place ({refused})"
             if why and await self._waited(since) > self._drop_timeout:
                 raise StorageError(
                     f"The full_drop of {self.url} waits since {self._drop_timeout:g} seconds: {why}.", retryable=True
