@@ -280,6 +280,7 @@ class Flipper(threading.Thread):
     def __init__(self, target: Path, area: Path, outside: Path, limbo: Path) -> None:
         super().__init__()
         self._target, self._area, self._outside, self._limbo = target, area, outside, limbo
+        self._lake = os.path.realpath(target.parent)
         self._chance = random.Random(20261123)
         self._done = threading.Event()
         self.flips = 0
@@ -287,22 +288,32 @@ class Flipper(threading.Thread):
     def run(self) -> None:
         while not self._done.is_set():
             place = self._chance.choice(self._places())
-            away = self._limbo / str(self.flips)
+            away = str(self._limbo / str(self.flips))
             try:
-                place.rename(away)
-                place.symlink_to(self._outside)
+                parent = os.open(place.parent, os.O_DIRECTORY)
             except OSError:
-                with suppress(OSError):
-                    away.rename(place)
                 continue
-            self.flips += 1
-            self._done.wait(self._chance.choice([0, 0.0002, 0.001]))
             try:
-                place.unlink()
-                away.rename(place)
-            except OSError:
-                continue  # the writer made it anew meanwhile
+                # A link that the writer moved away with a tree is not followed: it is the writer who is looked at.
+                if f"{os.readlink(f'/proc/self/fd/{parent}')}/".startswith(f"{self._lake}/"):
+                    self._flip(parent, place.name, away)
+            finally:
+                os.close(parent)
             self._done.wait(self._chance.choice([0.0005, 0.02]))
+
+    def _flip(self, parent: int, name: str, away: str) -> None:
+        try:
+            os.rename(name, away, src_dir_fd=parent)
+            os.symlink(self._outside, name, dir_fd=parent)
+        except OSError:
+            with suppress(OSError):
+                os.rename(away, name, dst_dir_fd=parent)
+            return
+        self.flips += 1
+        self._done.wait(self._chance.choice([0, 0.0002, 0.001]))
+        with suppress(OSError):  # the writer made it anew meanwhile
+            os.unlink(name, dir_fd=parent)
+            os.rename(away, name, dst_dir_fd=parent)
 
     def _places(self) -> list[Path]:
         transactions = [Path(entry.path) for entry in _scan(self._area / "tx")]
@@ -384,7 +395,8 @@ async def test_no_path_leads_out_while_links_take_the_places_of_directories(
     finally:
         await anyio.to_thread.run_sync(flipper.stop)
     after = await anyio.to_thread.run_sync(_state, outside)
-    escapes = [path for path in before.keys() | after.keys() if before.get(path) != after.get(path)]
+    both = {path: (before.get(path), after.get(path)) for path in before.keys() | after.keys()}
+    escapes = {path: states for path, states in both.items() if states[0] != states[1]}
     figure(
         f"links in the places of directories, {anyio_backend}",
         f"{len(fuzzed):,} fuzzed paths ({refused:,} refused), {flipper.flips:,} links, {commits} commits, {failed} errors, "
