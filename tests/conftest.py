@@ -5,9 +5,14 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import pytest
 from blockbuster import BlockBuster, blockbuster_ctx
+
+if TYPE_CHECKING:
+    from s3 import S3Server
 
 
 @pytest.fixture(params=["asyncio", "trio"])
@@ -25,6 +30,34 @@ def nothing_blocks(request: pytest.FixtureRequest) -> Iterator[BlockBuster | Non
         return
     with blockbuster_ctx("staged", excluded_modules=["staged.testing"]) as detector:
         yield detector
+
+
+@pytest.fixture(scope="session")
+def s3_servers() -> Iterator[Callable[[str], S3Server]]:
+    """A server of S3 of a kind; each is started when it is first asked for, and serves all tests of the process."""
+    from s3 import S3Server
+
+    servers: dict[str, S3Server] = {}
+    with ExitStack() as stack:
+
+        def server(kind: str) -> S3Server:
+            if kind not in servers:
+                servers[kind] = stack.enter_context(S3Server(kind))
+            return servers[kind]
+
+        yield server
+
+
+@pytest.fixture
+def ministack(s3_servers: Callable[[str], S3Server]) -> S3Server:
+    """MiniStack, the one of the servers that does most as S3 does."""
+    return s3_servers("ministack")
+
+
+@pytest.fixture(params=["ministack", "moto"])
+def s3_server(request: pytest.FixtureRequest, s3_servers: Callable[[str], S3Server]) -> S3Server:
+    """Each of the servers of S3."""
+    return s3_servers(request.param)
 
 
 @pytest.fixture
