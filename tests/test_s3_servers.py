@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from botocore.exceptions import ClientError, HTTPClientError
@@ -218,6 +220,11 @@ def _(world: World) -> bool:
     return world.complete(upload | {"MultipartUpload": {"Parts": [{"PartNumber": 1, "ETag": NEVER}]}}) == "InvalidPart"
 
 
+@promise("a completion of no parts is refused")
+def _(world: World) -> bool:
+    return world.complete(world.upload() | {"MultipartUpload": {"Parts": []}}) == "MalformedXML"
+
+
 @promise("a part but the last that is too small is refused")
 def _(world: World) -> bool:
     return world.complete(world.upload("k", b"small", b"last")) == "EntityTooSmall"
@@ -334,6 +341,12 @@ def _(world: World) -> bool:
     return [world.head(key)["Metadata"] for key in ("same", "other")] == [{"one": "1"}, {"two": "2"}]
 
 
+@promise("a copy onto itself that changes nothing is refused")
+def _(world: World) -> bool:
+    world.put()
+    return world.copy("k", "k") == "InvalidRequest"
+
+
 @promise("a read on the condition that an etag is there")
 def _(world: World) -> bool:
     world.put()
@@ -402,6 +415,16 @@ def _(world: World) -> bool:
 def _(world: World) -> bool:
     answers = [world.put(body=b"x", ContentMD5="A" * 22 + "=="), world.put(body=b"x", ChecksumCRC32="AAAAAA==")]
     return answers == ["BadDigest", "BadDigest"] and not world.there()
+
+
+@promise("a key of more than 1024 bytes is refused")
+def _(world: World) -> bool:
+    return [world.put("k" * 1024), world.put("k" * 1025)] == ["ok", "KeyTooLongError"]
+
+
+@promise("metadata of more than 2 KiB are refused")
+def _(world: World) -> bool:
+    return world.put(Metadata={"one": "1" * 2049}) == "MetadataTooLarge"
 
 
 @promise("a bucket that is not there is no such bucket")
@@ -638,6 +661,15 @@ def test_a_test_looks_at_the_server_before_each_request(proxied: World, proxy: S
     proxied.put()
     proxied.delete()
     assert seen == [(0, False), (1, True)]
+
+
+def test_a_body_whose_sender_dies_is_not_applied(proxied: World, proxy: S3Proxy) -> None:
+    address = urlsplit(proxy.url)
+    with socket.create_connection((address.hostname, address.port or 0)) as sender:
+        head = f"PUT /{proxied.bucket}/k HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {1 << 21}\r\n\r\n"
+        sender.sendall(head.encode() + bytes(1 << 20))
+    eventually(lambda: len(proxy.log) == 1)
+    assert (proxy.log[0].operation, proxy.log[0].status, proxied.versions()) == ("PutObject", 0, 0)
 
 
 def test_the_text_of_a_plan_gives_it_again() -> None:

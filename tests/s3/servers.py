@@ -142,6 +142,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 _BOTH = frozenset(SERVERS)
 _MINISTACK = frozenset({"ministack"})
+_MOTO = frozenset({"moto"})
 _NONE: frozenset[str] = frozenset()
 HONOURS: dict[str, frozenset[str]] = {
     "a put on the condition that nothing is there": _BOTH,
@@ -155,7 +156,8 @@ HONOURS: dict[str, frozenset[str]] = {
     "a completion that is sent again is answered again": _BOTH,
     "a completion of an upload that is gone is no such upload": _MINISTACK,
     "a completion of parts that are not there is refused": _BOTH,
-    "a part but the last that is too small is refused": frozenset({"moto"}),
+    "a completion of no parts is refused": _MOTO,
+    "a part but the last that is too small is refused": _MOTO,
     "a part of an upload that is gone is no such upload": _MINISTACK,
     "an upload of a key that is deleted meanwhile appears": _BOTH,
     "an upload that is aborted is gone": _BOTH,
@@ -171,6 +173,7 @@ HONOURS: dict[str, frozenset[str]] = {
     "a copy on the condition of its source's etag": _MINISTACK,
     "a part is copied on the condition of its source's etag": _MINISTACK,
     "a copy keeps metadata or is given others": _BOTH,
+    "a copy onto itself that changes nothing is refused": _MOTO,
     "a read on the condition that an etag is there": _BOTH,
     "a delete on the condition that an etag is there": _BOTH,
     "a delete of many on the condition of their etags": _MINISTACK,
@@ -180,6 +183,8 @@ HONOURS: dict[str, frozenset[str]] = {
     "a listing is in the order of bytes": _BOTH,
     "a listing of a level has what is below as prefixes": _BOTH,
     "a body that is not of its checksum is refused": _MINISTACK,
+    "a key of more than 1024 bytes is refused": _NONE,
+    "metadata of more than 2 KiB are refused": _NONE,
     "a bucket that is not there is no such bucket": _BOTH,
     "versions have ids and a delete is a marker": _BOTH,
     "a version is read and deleted for itself": _BOTH,
