@@ -20,8 +20,12 @@ SERVERS = ("ministack", "moto")
 
 # Ends with the process that it was started by, also when that one is killed: then its standard input ends.
 _RUN = """
-import os, runpy, sys, threading
-threading.Thread(target=lambda: (os.read(0, 1), os._exit(0)), daemon=True).start()
+import os, runpy, shutil, sys, threading
+def end():
+    os.read(0, 1)
+    shutil.rmtree(os.environ["TMPDIR"], ignore_errors=True)
+    os._exit(0)
+threading.Thread(target=end, daemon=True).start()
 sys.argv = sys.argv[1:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
