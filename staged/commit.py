@@ -94,7 +94,9 @@ __all__ = [
 KEPT_COMMITS = 1_000
 """Commits, and so keys, that the ledger remembers."""
 _BATCH = 250
-"""Entries of one publish or remove where the head must be renewed in between."""
+"""Entries of one publish where the head must be renewed in between."""
+_REMOVED = 1_000
+"""Entries of one removal there, which may be a single request."""
 _RACES = 100
 """Lost races for the head after which the target counts as busy."""
 _REQUEST_TIMEOUT = 20.0
@@ -446,7 +448,7 @@ async def make_plan(target: Target, tx: str, work: Work, alive: Alive = idle) ->
     """List what the plan must know of the target, and make it; raises what `planning.make_plan` raises."""
     if work.mode is Mode.FULL_DROP and target.store.swaps_trees:
         return Plan(publish=tuple(work.entries), trees=await target.driver.trees(tx, alive))
-    scope = planning.scope(work)
+    scope = planning.scope(work, target.store)
     listing: list[Listed] = []
     for prefix in scope.prefixes:
         async with aclosing(target.driver.list(prefix)) as pages:
@@ -667,7 +669,7 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[
     target, tx = held.target, held.head.transaction or ""
     resolve = None if target.store.adds_only else resolve  # nothing may be left out, and nothing replaced
     left: list[Entry] = []
-    for batch in _batches(plan.publish, target.store):
+    for batch in _batches(plan.publish, target.store, _BATCH):
         await held.renew()
         stuck = _stuck(batch, await target.driver.publish(tx, batch, plan.replaces))
         if stuck:
@@ -691,7 +693,7 @@ async def _remove(held: Held, entries: Sequence[Listed]) -> int:
     """Remove exactly the planned entries; the number left because they are no longer the ones listed."""
     target = held.target
     left = 0
-    for batch in _batches(entries, target.store):
+    for batch in _batches(entries, target.store, _REMOVED):
         await held.renew()
         answers = await target.driver.remove(batch)
         foreign = sum(answer is Answer.FOREIGN for answer in answers)
@@ -702,9 +704,9 @@ async def _remove(held: Held, entries: Sequence[Listed]) -> int:
     return left
 
 
-def _batches(entries: Sequence[_T], store: Capabilities) -> list[Sequence[_T]]:
+def _batches(entries: Sequence[_T], store: Capabilities, most: int) -> list[Sequence[_T]]:
     """All at once under a lock; in slices where a sign of life is due in between."""
-    size = len(entries) if store.fence == "lock" else _BATCH
+    size = len(entries) if store.fence == "lock" else most
     return [entries[at : at + size] for at in range(0, len(entries), max(1, size))]
 
 

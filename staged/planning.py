@@ -112,7 +112,7 @@ def partitions_of(work: Work, key: Callable[[str], str]) -> tuple[str, ...]:
     return tuple(chosen)
 
 
-def scope(work: Work) -> Scope:
+def scope(work: Work, store: Capabilities) -> Scope:
     """What of the target the plan of this work must know."""
     if work.mode is Mode.FULL_DROP:
         return Scope(prefixes=("",))
@@ -124,7 +124,8 @@ def scope(work: Work) -> Scope:
     names = set(work.deletes)
     if work.mode in BLIND:
         names.update(entry.path for entry in work.entries)
-        names |= _directories(names)
+        if store.nests:
+            names |= _directories(names)
     names.update(_emptied(partitions))
     names.update(map(_head_of, _emptied(partitions)))
     return Scope(prefixes=tuple(partitions), names=frozenset(names))

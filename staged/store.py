@@ -57,8 +57,9 @@ _DRIVERS = (
         "adls",
     ),
     (r"abfss?://|https://[a-z0-9-]+\.dfs\.", "staged.drivers.adls", "AdlsDriver", "adls"),
+    (r"s3a?://", "staged.drivers.s3", "S3Driver", "s3"),
 )
-_SCHEMES = "file, memory, abfss, https"
+_SCHEMES = "file, memory, abfss, https, s3"
 
 
 def open_store(

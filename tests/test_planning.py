@@ -120,7 +120,7 @@ def carried_out(found: Plan, case: Case, store: Capabilities) -> Files:
 
 def scoped(case: Case, store: Capabilities) -> list[Listed]:
     """The part of the listing that the scope of the work asks a driver for."""
-    key, wanted = _key(store), scope(case.work)
+    key, wanted = _key(store), scope(case.work, store)
     prefixes, names = [key(prefix) for prefix in wanted.prefixes], {key(name) for name in wanted.names}
     found = [
         there

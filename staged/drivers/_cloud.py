@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import anyio
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_random_exponential
 
 from staged.errors import StorageError
 
-__all__ = ["Limit", "Refused", "at_once", "mapped"]
+__all__ = ["MISSED", "Limit", "Parts", "Refused", "at_once", "mapped", "unless_missing"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -30,6 +30,14 @@ _LONGEST = 5.0
 _LONGER = wait_random_exponential(multiplier=0.1, max=_LONGEST)
 _TOO_MANY = frozenset({429, 503})
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_PASSING_CODES = frozenset({"ConditionalRequestConflict", "OperationAborted", "RequestTimeout", "SlowDown"})
+"""What S3 says of a request that may succeed later, whatever its status."""
+MISSED = frozenset({404, 409, 412})
+"""What is answered where something is not, or not as, the condition said."""
+_PART = 8 << 20
+"""Bytes of one part of a file that is written in several."""
+_PARTS = 4
+"""Parts of one file that are sent at once."""
 
 
 class Refused(Exception):
@@ -51,7 +59,7 @@ class Refused(Exception):
     @property
     def passing(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.status == 0 or self.status in _PASSING
+        return self.status == 0 or self.status in _PASSING or self.code in _PASSING_CODES
 
 
 class Limit:
@@ -156,6 +164,47 @@ def mapped() -> Iterator[None]:
         raise StorageError(str(error), retryable=error.passing) from error
 
 
+class Parts(Generic[T]):
+    """Cuts what is written into parts, and sends several at once.
+
+    Args:
+        send: Sends the part of that number, counted from 0.
+
+    Attributes:
+        sent: What `send` returned for each part, in their order.
+        size: Bytes written.
+    """
+
+    def __init__(self, send: Callable[[int, bytes], Awaitable[T]]) -> None:
+        self._send = send
+        self._data = bytearray()
+        self.sent: list[T] = []
+        self.size = 0
+
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Add bytes, and send the parts that are full."""
+        self._data += data
+        self.size += memoryview(data).nbytes
+        # No store takes more than some ten thousand parts: those of a large file are larger.
+        part = _PART << len(self.sent) // 1_000
+        if len(self._data) >= part:
+            await self._cut(part, len(self._data) // part)
+
+    async def flush(self) -> None:
+        """Send what is left as the last part."""
+        await self._cut(len(self._data), 1)
+
+    def rest(self) -> bytes:
+        """What was not sent yet."""
+        return bytes(self._data)
+
+    async def _cut(self, part: int, count: int) -> None:
+        bodies = [bytes(self._data[at * part : (at + 1) * part]) for at in range(count)]
+        del self._data[: count * part]
+        first = len(self.sent)
+        self.sent += await at_once(list(enumerate(bodies, first)), lambda numbered: self._send(*numbered), _PARTS)
+
+
 async def at_once(items: Sequence[S], work: Callable[[S], Awaitable[T]], tasks: int) -> list[T]:
     """Work on all items, so many at a time; the results in their order. The first error ends it, and is raised as itself."""
     results: dict[int, T] = {}
@@ -172,3 +221,13 @@ async def at_once(items: Sequence[S], work: Callable[[S], Awaitable[T]], tasks: 
     except ExceptionGroup as several:
         raise several.exceptions[0] from None
     return [results[number] for number in range(len(items))]
+
+
+async def unless_missing(request: Awaitable[T]) -> T | None:
+    """The answer, or None where there is no such thing."""
+    try:
+        return await request
+    except Refused as error:
+        if error.status != 404:
+            raise
+        return None

@@ -22,7 +22,7 @@ from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
 from staged.drivers._azure import Closable, Location, bare, client_options, default_credential, in_trio, of, once, plain
-from staged.drivers._cloud import Limit, Refused
+from staged.drivers._cloud import Limit, Refused, unless_missing
 from staged.errors import StagedError, StorageError
 from staged.model import Listed
 from staged.paths import join
@@ -32,12 +32,10 @@ if TYPE_CHECKING:
 
     from staged.drivers._azure import Credential
 
-__all__ = ["MISSED", "Lake", "block_id"]
+__all__ = ["Lake", "block_id"]
 
 T = TypeVar("T")
 
-MISSED = frozenset((404, 409, 412))
-"""What is answered where something is not, or not as, the condition said."""
 _CONDITIONS = frozenset(("ConditionNotMet", "BlobAlreadyExists", "PathAlreadyExists", "BlobNotFound"))
 """Codes that say that a condition of a write was not met."""
 _SMALL = 1 << 20
@@ -127,7 +125,7 @@ class Lake:
 
     async def access(self, name: str) -> str | None:
         """The access control list of a directory, which only a hierarchical namespace has; None where there is no such thing."""
-        found = await _unless_missing(
+        found = await unless_missing(
             self._send(
                 f"looking at the access control of {name!r}",
                 lambda to: to.names.get_directory_client(name).get_access_control(),
@@ -151,7 +149,7 @@ class Lake:
             stream = await to.blobs.download_blob(name, max_concurrency=1)
             return await stream.readall(), bare(stream.properties.etag)
 
-        return await _unless_missing(self._send(f"reading {name!r}", get, urgent=True))
+        return await unless_missing(self._send(f"reading {name!r}", get, urgent=True))
 
     async def put(self, name: str, body: bytes, *, replaces: str | None) -> str | None:
         """Write a record in one step, its parents made, in place of that ETag or of none; its new ETag, or None where another
@@ -219,7 +217,7 @@ class Lake:
 
     async def head(self, name: str, *, write: str | None = None) -> Listed | None:
         """A file or a directory by name; None where there is none, or none of that write."""
-        found = await _unless_missing(
+        found = await unless_missing(
             self._send(f"looking at {name!r}", lambda to: to.blobs.get_blob_client(name).get_blob_properties())
         )
         if found is None or (write is not None and found.metadata.get(_WRITE) != write):
@@ -236,7 +234,7 @@ class Lake:
             )
             return found.last_modified
 
-        changed = await _unless_missing(self._send(f"looking at {name!r}", look))
+        changed = await unless_missing(self._send(f"looking at {name!r}", look))
         return None if changed is None else max(0.0, (parsedate_to_datetime(dates[-1]) - changed).total_seconds())
 
     # ------------------------------------------------------------------------------------------------------------- names
@@ -262,7 +260,7 @@ class Lake:
             return join(directory, "/".join(name.split("/")[depth:]))
 
         depth = len(directory.split("/")) if directory else 0
-        found = await _unless_missing(self._send(f"listing {directory!r}", page))
+        found = await unless_missing(self._send(f"listing {directory!r}", page))
         while found is not None:
             yield found
             # What goes missing later is not the end of a listing.
@@ -325,7 +323,7 @@ class Lake:
             await to.names.get_file_client(name).delete_file(**condition)
             return True
 
-        return await _unless_missing(self._send(f"deleting {name!r}", delete)) is not None
+        return await unless_missing(self._send(f"deleting {name!r}", delete)) is not None
 
     async def delete_tree(self, name: str) -> None:
         """Delete a directory with all below it; one that is gone is fine."""
@@ -333,16 +331,7 @@ class Lake:
         async def delete(to: _Clients) -> None:
             await to.names.get_directory_client(name).delete_directory()
 
-        await _unless_missing(self._send(f"deleting {name!r}", delete))
-
-
-async def _unless_missing(request: Awaitable[T]) -> T | None:
-    try:
-        return await request
-    except Refused as error:
-        if error.status != 404:
-            raise
-        return None
+        await unless_missing(self._send(f"deleting {name!r}", delete))
 
 
 def block_id(write: str, number: int) -> str:

@@ -26,8 +26,8 @@ from azure.storage.filedatalake.aio import DataLakeServiceClient
 
 from staged.driver import Alive, Driver, LogHandle, Record, idle
 from staged.drivers._azure import Location
-from staged.drivers._cloud import Refused, at_once, mapped
-from staged.drivers._lake import MISSED, Lake, block_id
+from staged.drivers._cloud import MISSED, Parts, Refused, at_once, mapped
+from staged.drivers._lake import Lake, block_id
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, join
@@ -40,11 +40,6 @@ __all__ = ["STAGING", "AdlsDriver"]
 S = TypeVar("S")
 T = TypeVar("T")
 
-_BLOCK = 8 << 20
-"""Bytes of one block of a file that is written in several."""
-
-_BLOCKS = 4
-"""Blocks of one file that are sent at once."""
 _TRIES = 4
 """Looks at the trees of a swap: two renames, and as many strangers in between."""
 _PLAIN = "user::rwx,group::r-x,other::---"
@@ -437,38 +432,27 @@ class _Writer:
         self._lake, self._path = driver._lake, path
         self._name = join(driver._tree(tx, sealed=False), path)
         self._id = token_hex(12)
-        self._data = bytearray()
-        self._blocks: list[str] = []
-        self._size = 0
+        self._blocks = Parts(self._send)
         self._sent = False
 
-    async def write(self, data: bytes | bytearray | memoryview) -> None:
-        self._data += data
-        self._size += memoryview(data).nbytes
-        if len(self._data) >= _BLOCK:
-            await self._send(len(self._data) // _BLOCK)
+    async def _send(self, number: int, body: bytes) -> str:
+        block = block_id(self._id, number)
+        await self._lake.stage_block(self._name, block, body)
+        return block
 
-    async def _send(self, count: int) -> None:
-        """Send so many blocks of what was written."""
-        bodies = [bytes(self._data[at * _BLOCK : (at + 1) * _BLOCK]) for at in range(count)]
-        del self._data[: count * _BLOCK]
-        first = len(self._blocks)
-        self._blocks += [block_id(self._id, first + number) for number in range(count)]
+    async def write(self, data: bytes | bytearray | memoryview) -> None:
         with mapped():
-            await at_once(
-                list(zip(self._blocks[first:], bodies, strict=True)),
-                lambda block: self._lake.stage_block(self._name, *block),
-                _BLOCKS,
-            )
+            await self._blocks.write(data)
 
     async def close(self) -> Entry:
-        if self._blocks and self._data:
-            await self._send(1)
+        if self._blocks.sent and self._blocks.rest():
+            with mapped():
+                await self._blocks.flush()
         self._sent = True
         with mapped():
-            identity = await self._lake.write(self._name, self._blocks or bytes(self._data), self._id)
+            identity = await self._lake.write(self._name, self._blocks.sent or self._blocks.rest(), self._id)
         # Found again by its path, in whichever tree its transaction is.
-        return Entry(self._path, self._size, identity, self._path)
+        return Entry(self._path, self._blocks.size, identity, self._path)
 
     async def abort(self) -> None:
         # Blocks that were never put together are nowhere to be seen, and expire.
