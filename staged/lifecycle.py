@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from numbers import Real
 from types import TracebackType
@@ -75,9 +76,7 @@ class Options:
 
     def __post_init__(self) -> None:
         check_key(self.key)
-        check_meta(self.meta or {})
-        if any(name.startswith("staged.") for name in self.meta or {}):
-            raise InvalidInput("Names in the meta that begin with 'staged.' are the store's own.")
+        _check_meta(self.meta or {})
         if self.partitions is not None and self.mode is not Mode.OVERWRITE_PARTITIONS:
             raise InvalidInput(f"partitions= goes with mode 'overwrite_partitions', not {self.mode.value!r}.")
         for partition in self.partitions or ():
@@ -115,6 +114,7 @@ class Transaction(Staging):
         self.skipped = False
         self._options = options
         self._record = record
+        self._meta = record.meta
         self._token = token
         self._lease = lease
         self._phase = Phase.STAGING
@@ -332,7 +332,7 @@ class Transaction(Staging):
     @property
     def meta(self) -> dict[str, object]:
         """The facts that are committed with the data; may be changed until the transaction is prepared."""
-        return self._record.meta
+        return self._meta
 
     @property
     def entries(self) -> tuple[Entry, ...]:
@@ -577,14 +577,20 @@ class Transaction(Staging):
             return
         self._advance(Phase.PREPARING)
         driver = self._target.driver
-        check_meta(self.meta)
+        _check_meta(self._meta)
+        meta = deepcopy(self._meta)  # what is changed from now on was checked by nobody
         planning.check(self._work(), self._target.store)
         await driver.seal(self.id, self._entries.values())
         stop.check()
         manifest = await write_manifest(driver, self.id, self.entries, self._attempt)
         stop.check()
         record = replace(
-            self._record, state=TxState.PREPARED, deletes=tuple(self._deletes), manifest=manifest, nonce=states.new_id()
+            self._record,
+            state=TxState.PREPARED,
+            meta=meta,
+            deletes=tuple(self._deletes),
+            manifest=manifest,
+            nonce=states.new_id(),
         )
         token = await swap(driver, record_key(self.id), record, self._token, durable=not record.block)
         if token is None:
@@ -648,6 +654,13 @@ class Transaction(Staging):
         if self._lease is not None:
             self._lease.release()
             self._lease = None
+
+
+def _check_meta(meta: dict[str, object]) -> None:
+    """Raise `InvalidInput` for a caller's meta that cannot be kept, or that takes a name of the store's own."""
+    check_meta(meta)
+    if any(name.startswith("staged.") for name in meta):
+        raise InvalidInput("Names in the meta that begin with 'staged.' are the store's own.")
 
 
 def _passes(error: Exception) -> bool:

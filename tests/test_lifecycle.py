@@ -575,6 +575,27 @@ async def test_a_delete_of_a_file_that_another_commit_replaced_since_is_a_confli
         assert await anyio.to_thread.run_sync(world.files) == {"p/a": b"1", "q/b": mode.encode()}
 
 
+async def test_names_of_the_stores_own_in_the_meta_are_refused_whenever_they_are_set(world: World) -> None:
+    store = world.process()
+    with pytest.raises(InvalidInput, match="store's own"):
+        await store.begin("append", meta={"staged.last_index": 7})
+    with pytest.raises(InvalidInput, match="store's own"):
+        async with store.staged_write("append") as tx:
+            tx.meta["staged.last_index"] = 7
+    assert tx.phase is Phase.ROLLED_BACK
+    assert await store.meta() == {}
+
+
+async def test_the_meta_is_committed_as_it_was_prepared(world: World) -> None:
+    store = world.process()
+    tx = await store.begin("append", meta={"n": [1]})
+    tx.meta["more"] = True
+    await tx.prepare()
+    tx.meta.update({"n": [2], "staged.last_index": 7})
+    await tx.commit()
+    assert await store.meta() == {"n": [1], "more": True}
+
+
 async def test_meta_that_grows_too_large_by_merging_is_refused_with_the_target_untouched(world: World) -> None:
     store = world.process()
     for name in ("first", "second"):
