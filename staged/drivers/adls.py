@@ -88,6 +88,7 @@ class AdlsDriver(Driver):
         above, _, name = path.rpartition("/")
         self._inside = not self._can_be_renamed(path)
         self._control = join(path, f"{RESERVED}/{RESERVED}") if self._inside else join(above, f"{RESERVED}/{name}")
+        self._never_made: frozenset[str] = frozenset()
         self._begun: set[str] = set()
         self._sealed: set[str] = set()
         self._beginning = anyio.Lock()
@@ -291,7 +292,7 @@ class AdlsDriver(Driver):
         return self._inside and (path == join(self._path, RESERVED) or f"{path}/".startswith(f"{self._control}/"))
 
     async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
-        made: set[str] = set()
+        made = set(self._never_made)
         self._sealed.add(tx)
 
         async def publish(entry: Entry) -> Answer:

@@ -135,6 +135,8 @@ class OpenMirroringDriver(OneLakeDriver):
             raise InvalidInput(f"{self.url} is not in a landing zone, such as item/{_ZONE}/table.")
         above = f"{self._item}/Files" if self._scratch == "_tmp" else self._zone
         self._control = f"{above}/{self._scratch}/{self._table}"
+        # A request that comes late would make a table again that was dropped.
+        self._never_made = frozenset((self._path,))
         keys = self._all_keys.get(self._table) if isinstance(self._all_keys, Mapping) else self._all_keys
         self._keys = None if keys is None else tuple(keys)
         self._probed_keys = self._keys or ()
@@ -167,10 +169,11 @@ class OpenMirroringDriver(OneLakeDriver):
                 raise StagingError(
                     f"The service says nothing of its tables for {self.url}; pass drop_wait=, the seconds to wait instead."
                 )
-            there = await self._metadata()
-            first = [] if not entries or self._agrees(there, afresh=afresh) else [await self._stage_metadata(tx, there)]
-            folder = await self._new_folder(tx) if afresh else await self._lake.head(self._path)
-            last = 0 if afresh or folder is None else await self._last_index(meta, folder.identity)
+            said = await self._metadata()
+            first = [] if not entries or self._agrees(said, afresh=afresh) else [await self._stage_metadata(tx, said)]
+            there = None if afresh else await self._lake.head(self._path)
+            last = 0 if there is None else await self._last_index(meta, there.identity)
+            folder = there or await self._new_folder(tx)
         for entry in entries:
             if entry.size == 0:
                 raise StagingError(f"{entry.path!r} is empty: the service would wait for another file of that name.")
@@ -180,7 +183,7 @@ class OpenMirroringDriver(OneLakeDriver):
                     raise StagingError(f"{entry.path!r} may have been used before; leave names to the store.")
             return Arranged((*first, *entries), {})
         named = [_named(entry, index) for index, entry in enumerate(entries, last + 1)]
-        remembered = {"index": last + len(named), "folder": folder.identity if folder is not None else None}
+        remembered = {"index": last + len(named), "folder": folder.identity}
         # The lowest last: the service waits for it, and finds all of them.
         return Arranged((*first, *reversed(named)), {LAST_INDEX: remembered})
 
@@ -219,8 +222,8 @@ class OpenMirroringDriver(OneLakeDriver):
         names = [name for place in _READ for name in await self._names(f"{self._path}{place}")]
         indexes = [int(name[:20]) for name in names if _INDEXED.fullmatch(name)]
         match meta.get(LAST_INDEX):
-            # A folder that somebody else made anew begins at 1 again; the first one had no identity yet.
-            case {"index": int(index), "folder": str() | None as remembered} if remembered in (None, folder):
+            # A folder that somebody else made anew begins at 1 again.
+            case {"index": int(index), "folder": str(remembered)} if remembered == folder:
                 indexes.append(index)
         return max(indexes, default=0)
 
@@ -235,6 +238,8 @@ class OpenMirroringDriver(OneLakeDriver):
     async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         await self._announce()
         first = 1 if entries and entries[0].path == METADATA else 0
+        if first:
+            await self._place_folder(tx)
         last = max(first, len(entries) - 1)
         answers: list[Answer] = []
         for batch in (entries[:first], entries[first:last], entries[last:]):
@@ -277,7 +282,7 @@ class OpenMirroringDriver(OneLakeDriver):
         return f"{self._control}/{STAGING}/{tx}/folder"
 
     async def _new_folder(self, tx: str) -> Listed:
-        """The table's next folder, staged while it is empty: by its identity it is known that the old one was replaced."""
+        """The table's next folder, staged while it is empty: by its identity it is known wherever it is."""
         name = self._folder(tx)
         if (there := await self._lake.head(name)) is None:
             await self._lake.make_directory(name)
@@ -285,6 +290,14 @@ class OpenMirroringDriver(OneLakeDriver):
         if there is None:
             raise StorageError(f"The staging of transaction {tx} is gone.")
         return there
+
+    async def _place_folder(self, tx: str) -> None:
+        """Give the table its first folder; it is moved and not made, so that this cannot happen again."""
+        with mapped():
+            new = None if await self._lake.head(self._path) is not None else await self._lake.head(self._folder(tx))
+            # What is refused is seen by the files, which need it.
+            if new is not None:
+                await self._try_rename(new.path, new.identity, self._path)
 
     async def trees(self, tx: str, alive: Alive = idle) -> Trees:
         with mapped():

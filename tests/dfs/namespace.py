@@ -140,6 +140,7 @@ class Namespace:
 
     Attributes:
         conditions_of_goal: Conditions of a rename onto a directory are about what it would become in that directory.
+        parent_first: A rename is told of a missing parent of its goal before it is told of a missing source.
         busy: What a service over the storage has in use: it is neither deleted nor renamed, nor is what is above it.
     """
 
@@ -153,6 +154,7 @@ class Namespace:
         self.deleted: dict[str, Deleted] = {}
         self.busy: set[Place] = set()
         self.conditions_of_goal = False
+        self.parent_first = False
         self._etags = (f"0x8DC{number:012X}" for number in count(1))
         self._deletions = (str(133_000_000_000_000_000 + number) for number in count(1))
 
@@ -316,6 +318,8 @@ class Namespace:
         Args:
             legacy: Onto an existing directory: replace it, not move into it, which is the default (reported).
         """
+        if self.parent_first:
+            self._parent(*target, make=False)
         node = self.find(*source, code="SourcePathNotFound")
         source_conditions.check(node, "SourceConditionNotMet")
         admit(node.lease, source_conditions.lease, self.now())
