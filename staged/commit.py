@@ -650,7 +650,7 @@ async def _swap_trees(held: Held, decided: _Decided, trees: Trees, resolve: Reso
             await driver.discard(header.transaction, [entry.handle for entry in decided.plan.publish], whole=True)
             return decided.plan.publish
     if answer in (Answer.FOREIGN, Answer.LOST):
-        raise _blocked(header.transaction, ["."], lost=answer is Answer.LOST)
+        raise _blocked(held, ["."], lost=answer is Answer.LOST)
     if not held.target.store.clears:
         notify(held.target.observers, Published(header.transaction, header.manifest.files))
     return ()
@@ -681,7 +681,7 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[
                 stuck = _stuck(retry, await target.driver.publish(tx, retry, there))
             foreign = [entry for entry, answer in stuck if answer is Answer.FOREIGN]
             if stuck and (resolve is None or (resolve == "replace" and foreign)):
-                raise _blocked(tx, [entry.path for entry, _ in stuck], lost=not foreign)
+                raise _blocked(held, [entry.path for entry, _ in stuck], lost=not foreign)
             # What is kept out is discarded before the head is freed: nobody may publish it later.
             await target.driver.discard(tx, [entry.handle for entry in foreign], whole=False)
             left += [entry for entry, _ in stuck]
@@ -716,11 +716,17 @@ def _stuck(batch: Sequence[Entry], answers: Sequence[Answer]) -> list[tuple[Entr
     ]
 
 
-def _blocked(tx: str, paths: Sequence[str], *, lost: bool) -> CommitBlocked:
+def _blocked(held: Held, paths: Sequence[str], *, lost: bool) -> CommitBlocked:
+    tx = held.head.transaction
     what = "staged files of it are gone" if lost else "something that is not ours is in the way"
+    if held.target.store.adds_only:
+        how = "Put back what is gone" if lost else "Take that away"
+        how += ", and run recover(): nothing can be left out here, and nothing replaced."
+    else:
+        how = 'Run recover(resolve="keep") to leave that in place, or recover(resolve="replace").'
     return CommitBlocked(
         f"Transaction {tx} is decided, but {what}: {', '.join(map(repr, paths[:5]))}{' …' if len(paths) > 5 else ''}. "
-        'Nothing of it was overwritten. Run recover(resolve="keep") to leave that in place, or recover(resolve="replace").',
+        f"Nothing of it was overwritten. {how}",
         paths=paths,
         transaction=tx,
     )

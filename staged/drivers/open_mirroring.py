@@ -247,9 +247,18 @@ class OpenMirroringDriver(OneLakeDriver):
                 # What comes later in this order would let the service read past what is missing.
                 answers += [Answer.FOREIGN] * len(batch)
                 continue
+            try:
+                found = await super().publish(tx, batch, replaces)
+            except StorageError as error:
+                with mapped():
+                    if await self._lake.head(self._path) is not None:
+                        raise
+                raise StorageError(
+                    f"Somebody deleted the folder of {self.url}. Make an empty one, run recover(), and then a full_drop."
+                ) from error
             answers += [
                 Answer.ALREADY if answer is Answer.LOST and await self._is_read(entry) else answer
-                for entry, answer in zip(batch, await super().publish(tx, batch, replaces), strict=True)
+                for entry, answer in zip(batch, found, strict=True)
             ]
         return answers
 
