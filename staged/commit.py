@@ -591,10 +591,22 @@ async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> st
     except DamagedRecord:
         await held.check()
         raise
-    receipt = await _complete(held, decided, resolve)
+    if await _is_finished(held.target, decided.header.transaction):
+        await quietly(held.move(states.free(held.head), durable=True))
+    else:
+        await _complete(held, decided, resolve)
     # Under the same lock, which whoever called us goes on with.
     await _clean_up(held.target, decided)
-    return receipt.id
+    return decided.header.transaction
+
+
+async def _is_finished(target: Target, tx: str) -> bool:
+    """Whether all is published and removed, and only the head was not freed; what was staged may be gone by now."""
+    try:
+        outcome = await read_outcome(target.driver, tx)
+    except DamagedRecord:
+        return False
+    return outcome is not None and outcome.state == "committed"
 
 
 async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> Receipt:
