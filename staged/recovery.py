@@ -184,7 +184,9 @@ async def collect(target: Target, older_than: float) -> int:
         if _NUMBER.fullmatch(epoch) and int(epoch) <= over and superseded and await _is_older(target, key, older_than):
             doomed.append(key)
     await driver.delete_control(doomed)
-    return len(doomed) + await driver.trim(0, older_than)
+    # A commit that is under way may still need what it put aside.
+    keep = 1 if head.state is HeadState.COMMITTED else 0
+    return len(doomed) + await driver.trim(keep, older_than)
 
 
 async def _is_older(target: Target, key: str, seconds: float) -> bool:
