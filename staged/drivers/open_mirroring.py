@@ -26,7 +26,7 @@ import anyio
 import msgspec
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 
-from staged.driver import Alive, idle
+from staged.driver import Alive, Record, idle
 from staged.drivers._cloud import Refused, mapped
 from staged.drivers.adls import STAGING
 from staged.drivers.onelake import OneLakeDriver
@@ -43,6 +43,8 @@ PARTNER = "_partnerEvents.json"
 LAST_INDEX = "staged.last_index"
 """The name in a commit's meta under which the last index given is remembered."""
 _ZONE = "Files/LandingZone"
+_HEAD = "head"
+"""The record that is there as soon as there is a commit."""
 _TABLES = "Files/Monitoring/tables.json"
 """Where the service lists its tables."""
 _READ = ("", "/_ProcessedFiles", "/_FilesReadyToDelete")
@@ -133,8 +135,8 @@ class OpenMirroringDriver(OneLakeDriver):
         self._zone, self._table = f"{self._item}{zone}", table.lstrip("/")
         if not zone:
             raise InvalidInput(f"{self.url} is not in a landing zone, such as item/{_ZONE}/table.")
-        above = f"{self._item}/Files" if self._scratch == "_tmp" else self._zone
-        self._control = f"{above}/{self._scratch}/{self._table}"
+        places = [f"{self._item}/Files/_tmp/{self._table}", f"{self._zone}/_scratchPad/{self._table}"]
+        self._control, self._other = places if self._scratch == "_tmp" else reversed(places)
         # A request that comes late would make a table again that was dropped.
         self._never_made = frozenset((self._path,))
         keys = self._all_keys.get(self._table) if isinstance(self._all_keys, Mapping) else self._all_keys
@@ -144,6 +146,8 @@ class OpenMirroringDriver(OneLakeDriver):
     async def probe(self) -> Capabilities:
         if not _TABLE.fullmatch(self._table):
             raise Unsupported(f"{self.url} is no table of a landing zone: name one, or open a child.")
+        with mapped():
+            await self._check_other()
         found = await super().probe()
         with mapped():
             there = await self._metadata()
@@ -158,6 +162,20 @@ class OpenMirroringDriver(OneLakeDriver):
         return replace(
             found, swaps_trees=True, clears=True, adds_only=True, keys=self._probed_keys, guarantees=guarantees
         )
+
+    async def read(self, key: str) -> Record | None:
+        found = await super().read(key)
+        if found is None and key == _HEAD:
+            with mapped():
+                await self._check_other()
+        return found
+
+    async def _check_other(self) -> None:
+        """Raise `Unsupported` where commits are kept in the other place: neither would know of the other's."""
+        if await self._lake.head(f"{self._other}/{_HEAD}") is not None:
+            raise Unsupported(
+                f"The commits of {self.url} are kept in {self._other}; open it with that scratch=. Nothing was changed."
+            )
 
     # ------------------------------------------------------------------------------------------------------ names and order
 
@@ -243,9 +261,9 @@ class OpenMirroringDriver(OneLakeDriver):
         last = max(first, len(entries) - 1)
         answers: list[Answer] = []
         for batch in (entries[:first], entries[first:last], entries[last:]):
-            if any(answer in (Answer.FOREIGN, Answer.LOST) for answer in answers):
+            if stuck := [answer for answer in answers if answer in (Answer.FOREIGN, Answer.LOST)]:
                 # What comes later in this order would let the service read past what is missing.
-                answers += [Answer.FOREIGN] * len(batch)
+                answers += stuck[:1] * len(batch)
                 continue
             try:
                 found = await super().publish(tx, batch, replaces)
