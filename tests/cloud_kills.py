@@ -16,6 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import anyio
+import mirror
 
 from staged import Fenced, StagedError, open_store
 from staged.driver import Driver
@@ -32,6 +33,9 @@ WORKS = {
     "drop": Work(Mode.FULL_DROP, (("p=0/f0", b"ours"), ("top", b"ours"))),
 }
 NEXT = Work(Mode.APPEND, (("next", b"next"),))
+CHANGES = {"append": mirror.WORKS[0], "drop": mirror.WORKS[2]}
+"""What is done to a table of a landing zone."""
+NEXT_CHANGES = mirror.Changes("append", (("upsert", ((99, "next"),)),))
 PERIOD = 0.2
 
 
@@ -40,6 +44,10 @@ def driver_of(store: str, url: str) -> Driver:
         from staged.drivers.onelake import OneLakeDriver
 
         return OneLakeDriver(url, credential="sv=1&sig=CANARY", period=PERIOD)
+    if store == "open_mirroring":
+        from staged.drivers.open_mirroring import OpenMirroringDriver
+
+        return OpenMirroringDriver(url, credential="sv=1&sig=CANARY", period=PERIOD, keys=["id"], drop_poll=0.01)
     from staged.drivers.adls import AdlsDriver
 
     return AdlsDriver(url, credential="sv=1&sig=CANARY", period=PERIOD)
@@ -66,7 +74,7 @@ def ended(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def write(store: str, url: str, work: Work, at: Callable[[str, Moment], None]) -> None:
+def write(store: str, url: str, work: Work | mirror.Changes, at: Callable[[str, Moment], None]) -> None:
     async def gate(name: str, moment: Moment) -> None:
         at(name, moment)
 
@@ -104,19 +112,30 @@ def dies(number: int, moment: Moment, delay: float) -> Callable[[str, Moment], N
 
 
 def stops(store: str, url: str, call: str, name: str) -> dict[str, object]:
-    """One process is stopped at a call, another takes over and writes, and the first wakes up."""
+    """One process is stopped at a call, another takes over and writes, and the first wakes up.
+
+    Args:
+        call: How the call begins, and perhaps `+` and the milliseconds from there.
+    """
+    call, _, delay = call.partition("+")
     stopped = False
 
     def at(name: str, now: Moment) -> None:
         nonlocal stopped
         if not stopped and now == "before" and name.startswith(call):
             stopped = True
-            os.kill(os.getpid(), signal.SIGSTOP)
+            if not delay:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGSTOP))
+            signal.setitimer(signal.ITIMER_REAL, int(delay or 0) / 1000)
 
-    first = fork(lambda: write(store, url, WORKS[name], at))
+    mirrored = store == "open_mirroring"
+    first = fork(lambda: write(store, url, CHANGES[name] if mirrored else WORKS[name], at))
     _, status = os.waitpid(first, os.WUNTRACED)
     asleep = os.WIFSTOPPED(status)
-    second = ended(fork(lambda: write(store, url, NEXT, lambda *_: None)))
+    second = ended(fork(lambda: write(store, url, NEXT_CHANGES if mirrored else NEXT, lambda *_: None)))
+    if not asleep:
+        return {"asleep": False, "first": os.waitstatus_to_exitcode(status), "second": second}
     os.kill(first, signal.SIGCONT)
     return {"asleep": asleep, "first": ended(first), "second": second}
 

@@ -88,9 +88,9 @@ class Changes:
     def __str__(self) -> str:
         return f"{self.mode}({', '.join(marker for marker, _ in self.files)})"
 
-    async def __call__(self, store: Store) -> str:
+    async def __call__(self, store: Store, lock_timeout: float = 60.0) -> str:
         """Do it; the transaction's phase on its receipt."""
-        async with store.staged_write(self.mode, key=self.key) as tx:
+        async with store.staged_write(self.mode, key=self.key, lock_timeout=lock_timeout) as tx:
             for marker, rows in self.files:
                 await tx.write_changes(table_of(dict(rows)), marker)
         return tx.receipt.phase

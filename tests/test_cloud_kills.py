@@ -9,12 +9,16 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import anyio
 import pytest
-from cloud_kills import NEXT, PRIOR, WORKS
+from cloud_kills import CHANGES, NEXT, NEXT_CHANGES, PRIOR, WORKS
 from dfs import DfsServer
+from mirror import LOAD, Mirror
 from test_adls import AdlsHarness
+
+from staged import open_store
 
 SOAK = int(os.environ.get("STAGED_SOAK", "1"))
 CALLS = 45
@@ -33,6 +37,14 @@ def cases() -> list[str]:
     return found + [f"stops,{call},{work}" for work, call in stops]
 
 
+def ran(store: str, words: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
+    """What the program told of each case, and the end of what it said besides."""
+    program = [sys.executable, str(Path(__file__).with_name("cloud_kills.py")), store, *words]
+    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return {line["case"]: line for line in map(json.loads, run.stdout.splitlines())}, run.stderr[-3000:]
+
+
 @pytest.mark.parametrize("store", ["adls", "onelake"])
 def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_double_nothing(
     store: str, figure: Callable[[str, str], None]
@@ -44,15 +56,12 @@ def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_dou
             for name, data in PRIOR.items():
                 anyio.run(harness.put, name, data)
         words = [f"{case}={harness.url}" for case, harness in harnesses.items()]
-        program = [sys.executable, str(Path(__file__).with_name("cloud_kills.py")), store, *words]
-        run = subprocess.run(program, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr[-3000:]
-        lines = {line["case"]: line for line in map(json.loads, run.stdout.splitlines())}
+        lines, said = ran(store, words)
         assert lines.keys() == harnesses.keys()
         for case, harness in harnesses.items():
             line, content = lines[case], harness.content()
             name = case.partition(",")[0]
-            assert line["recovered"], (line, run.stderr[-3000:])
+            assert line["recovered"], (line, said)
             assert not anyio.run(harness.leftovers), line
             if name == "stops":
                 written = WORKS[case.rpartition(",")[2]].apply(PRIOR)
@@ -69,3 +78,46 @@ def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_dou
     figure(f"processes over {store}", ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
     assert ends["killed, old"] > 2
     assert ends["killed, new"] > 2
+
+
+def test_processes_stopped_and_overtaken_over_a_landing_zone_lose_and_double_no_row(
+    figure: Callable[[str, str], None],
+) -> None:
+    calls = {
+        "append": ("put_segment ledger-", "publish", "publish+8"),
+        "drop": ("swap", "swap+40", "publish", "publish+8"),
+    }
+    ends: Counter[str] = Counter()
+    with DfsServer(onelake=True) as server:
+        mirrors = {f"stops,{call},{name}": Mirror(server) for name in calls for call in calls[name]}
+
+        def look(number: int) -> None:
+            if number % 3 == 0:
+                for mirror in mirrors.values():
+                    mirror.replicator.poll()
+
+        async def load() -> None:
+            for mirror in mirrors.values():
+                async with open_store(mirror.driver()) as store:
+                    await LOAD(store)
+
+        anyio.run(load)
+        server.before = look
+        lines, said = ran(
+            "open_mirroring", [f"{case}={mirror.url}/Files/LandingZone/t" for case, mirror in mirrors.items()]
+        )
+        assert lines.keys() == mirrors.keys()
+        for case, mirror in mirrors.items():
+            line, work = lines[case], CHANGES[case.rpartition(",")[2]]
+            mirror.settle()
+            assert line["recovered"], (line, said)
+            assert (line["asleep"] or "+" in case) and line["second"] == 0, (line, said)
+            assert line["first"] in (0, 2, 3), (line, said)
+            undecided = line["first"] == 3
+            rows = LOAD.apply({}) if undecided else work.apply(LOAD.apply({}))
+            assert mirror.rows() == sorted(NEXT_CHANGES.apply(rows).items()), (line, said)
+            drops = ["gone"] if work.mode == "full_drop" and not undecided else []
+            assert (mirror.drops(), mirror.wrong(*(["t"] if drops else []))) == (drops, []), (line, said)
+            ends["ran" if not line["asleep"] else "untouched" if undecided else "completed"] += 1
+    figure("processes over open mirroring", ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
+    assert ends["completed"] > 3
