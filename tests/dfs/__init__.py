@@ -9,6 +9,7 @@ REST specification says, and the code marks each such place `# never recorded`.
 
 from .faults import Fault, Plan
 from .namespace import Conditions, Directory, File, Namespace
-from .server import DfsServer, Logged
+from .server import DfsServer
+from .serving import Logged
 
 __all__ = ["Conditions", "DfsServer", "Directory", "Fault", "File", "Logged", "Namespace", "Plan"]
