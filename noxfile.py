@@ -12,7 +12,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 def install(session: nox.Session, *groups: str) -> None:
     """The project and the dependency groups of pyproject.toml."""
-    session.install("-e", ".[adls,s3,demo,testing]", *nox.project.dependency_groups(PYPROJECT, *groups))
+    session.install("-e", ".[adls,gcs,s3,demo,testing]", *nox.project.dependency_groups(PYPROJECT, *groups))
 
 
 @nox.session
