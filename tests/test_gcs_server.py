@@ -53,7 +53,8 @@ def bucket(server: GcsServer) -> Iterator[Bucket]:
 @contextmanager
 def client_of(server: GcsServer) -> Iterator[Bucket]:
     """The bucket, as a client of its own has it."""
-    client = Client("project", AnonymousCredentials(), client_options={"api_endpoint": server.url})
+    nobody = AnonymousCredentials()  # type: ignore[no-untyped-call]
+    client = Client("project", nobody, client_options={"api_endpoint": server.url})
     try:
         yield client.bucket("b")
     finally:
@@ -187,6 +188,12 @@ def test_a_condition_on_what_is_not_there_can_also_be_one_that_fails() -> None:
             for call in WANT.values():
                 assert status(partial(call, bucket, {"if_generation_match": 7} | ONCE)) == 412
                 assert status(partial(call, bucket, ONCE)) == 404
+
+
+@pytest.mark.parametrize("value", ["x", "-1", "1.0"])
+def test_a_condition_that_is_no_number_is_refused(server: GcsServer, value: str) -> None:
+    server.store.put("b", "a")
+    assert wire(server, "GET", f"/storage/v1/b/b/o/a?ifGenerationNotMatch={value}").status_code == 400
 
 
 @pytest.mark.parametrize("verb", [*MAKE, "delete"])
@@ -514,7 +521,7 @@ def test_an_upload_tells_how_much_it_has_and_takes_no_byte_twice(server: GcsServ
     assert server.store.names("b") == []
     last = f"{2 * QUANTUM}-{2 * QUANTUM}/{len(data)}"
     assert session.ask(last, b"c") == (200, None)
-    assert session.ask(last, b"c") == session.ask("*/*") == (200, None)
+    assert session.ask(last, b"c", "POST") == session.ask("*/*") == (200, None)
     assert server.store.read("b", "a") == data
     assert bucket.get_blob("a", **ONCE).metageneration == 1
 
@@ -699,9 +706,15 @@ def test_an_error_has_google_s_form(server: GcsServer) -> None:
     assert (error["code"], error["message"]) == (404, "No such object: b/none")
     assert error["errors"] == [{"message": error["message"], "domain": "global", "reason": "notFound"}]
     assert all(400 <= code < 600 or reason == "notModified" for reason, (code, _) in ERRORS.items())
-    with GcsServer(plan="overloads@get:0+1") as busy, client_of(busy) as bucket:
-        with pytest.raises(ServiceUnavailable, match="internal error"):
-            bucket.blob("a").reload(**ONCE)
+
+
+def test_what_nobody_deserves_comes_as_the_client_s_own_error() -> None:
+    with (
+        GcsServer(plan="overloads@get:0+1") as server,
+        client_of(server) as bucket,
+        pytest.raises(ServiceUnavailable, match="internal error"),
+    ):
+        bucket.blob("a").reload(**ONCE)
 
 
 def test_a_server_that_ignores_conditions_overwrites() -> None:
@@ -723,6 +736,34 @@ def test_credentials_can_be_demanded_and_verbs_denied() -> None:
         assert wire(server, "DELETE", "/storage/v1/b/b/o/a", headers=bearer).status_code == 403
         assert [entry.auth for entry in server.log] == ["", "Bearer", "Bearer"]
         assert "secret" not in str(server.log)
+
+
+# The client as it is, without `retry=None`. It repeats reads, too, but leaves the sockets of those that failed open.
+@pytest.mark.parametrize(
+    ("verb", "unconditional", "conditional"),
+    [
+        ("insert", 2, 2),
+        ("delete", 2, 2),
+        ("patch", 2, 2),
+        ("update", 1, 1),
+        ("get", 2, 2),
+        ("rewrite", 1, 2),
+        ("copy", 1, 2),
+        ("move", 1, 2),
+        ("compose", 1, 2),
+    ],
+)
+def test_the_client_repeats_what_failed_of_itself_also_where_that_is_no_longer_the_same(
+    monkeypatch: pytest.MonkeyPatch, verb: str, unconditional: int, conditional: int
+) -> None:
+    monkeypatch.setattr("google.api_core.retry.retry_unary.time.sleep", lambda seconds: None)
+    for expected, conditions in ((unconditional, False), (conditional, True)):
+        with GcsServer(plan=f"overloads@{verb}:0") as server, client_of(server) as bucket:
+            server.store.create_bucket("b")
+            server.store.put("b", "source")
+            generation = server.store.put("b", "a").generation
+            status(partial((MAKE | WANT)[verb], bucket, {"if_generation_match": generation} if conditions else {}))
+            assert server.counts[verb] == expected
 
 
 def test_one_client_serves_many_threads(server: GcsServer, bucket: Bucket) -> None:

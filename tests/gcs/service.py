@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlencode, urlsplit
 
 from .errors import Refused
-from .store import Bucket, Conditions, Object, Store, Upload, check_hashes, crc32c, md5, merged
+from .store import Bucket, Conditions, Object, Store, Upload, check_hashes, merged
 
 API, UPLOAD, DOWNLOAD, BATCH = "/storage/v1/", "/upload/storage/v1/", "/download/storage/v1/", "/batch/storage/v1"
 BATCHED = 100
@@ -109,7 +109,9 @@ def route(request: Request) -> str:
     if request.path.startswith(UPLOAD) and len(names) == 2 and names[1] == "o":
         if "upload_id" in query:
             asks = request.headers.get("content-range", "").startswith("bytes */")
-            return {"PUT": "status" if asks else "upload", "DELETE": "cancel"}.get(method, "unknown")
+            sends = "status" if asks else "upload"
+            # Some clients send POST here, which is undocumented and served.
+            return {"PUT": sends, "POST": sends, "DELETE": "cancel"}.get(method, "unknown")
         if method != "POST":
             return "unknown"
         return "start" if query.get("uploadType") == "resumable" else "insert"
@@ -231,7 +233,7 @@ class Service:
             "ETag": found.etag,
             "X-Goog-Generation": str(found.generation),
             "X-Goog-Metageneration": str(found.metageneration),
-            "X-Goog-Hash": f"crc32c={crc32c(found.data)}" + ("" if found.components else f",md5={md5(found.data)}"),
+            "X-Goog-Hash": f"crc32c={found.content.crc32c}" + ("" if found.components else f",md5={found.content.md5}"),
             "X-Goog-Storage-Class": "STANDARD",
             "X-Goog-Stored-Content-Encoding": "identity",
             "X-Goog-Stored-Content-Length": str(size),
@@ -438,7 +440,7 @@ def resource(found: Object) -> Json:
         "generation": str(found.generation),
         "metageneration": str(found.metageneration),
         "size": str(len(found.data)),
-        "crc32c": crc32c(found.data),
+        "crc32c": found.content.crc32c,
         "etag": found.etag,
         "storageClass": "STANDARD",
         "timeCreated": _time(found.created),
@@ -449,7 +451,7 @@ def resource(found: Object) -> Json:
     }
     if found.components:
         return shown | {"componentCount": found.components}
-    shown["md5Hash"] = md5(found.data)
+    shown["md5Hash"] = found.content.md5
     return shown | ({} if found.deleted is None else {"timeDeleted": _time(found.deleted)})
 
 

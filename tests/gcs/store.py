@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import count, takewhile
 from typing import Any
 
@@ -40,6 +41,21 @@ def md5(data: bytes) -> str:
     return base64.b64encode(hashlib.md5(data).digest()).decode()
 
 
+@dataclass(frozen=True)
+class Content:
+    """An object's bytes, which others may share; each hash is worked out once."""
+
+    data: bytes
+
+    @cached_property
+    def crc32c(self) -> str:
+        return crc32c(self.data)
+
+    @cached_property
+    def md5(self) -> str:
+        return md5(self.data)
+
+
 @dataclass(frozen=True, slots=True)
 class Object:
     """One generation of an object, at one metageneration; a change of either is another of these.
@@ -52,7 +68,7 @@ class Object:
 
     bucket: str
     name: str
-    data: bytes
+    content: Content
     generation: int
     created: float
     updated: float
@@ -60,6 +76,10 @@ class Object:
     properties: Properties = field(default_factory=dict)
     components: int = 0
     deleted: float | None = None
+
+    @property
+    def data(self) -> bytes:
+        return self.content.data
 
     @property
     def etag(self) -> str:
@@ -250,9 +270,7 @@ class Store:
         components: int = 0,
     ) -> Object:
         """Write an object: a new generation."""
-        self._check(conditions, self.find(bucket, name))
-        self._admit(bucket, name)
-        return self._write(bucket, name, data, properties or {}, components)
+        return self._put(bucket, name, Content(data), properties or {}, conditions, components)
 
     def change(
         self,
@@ -306,7 +324,7 @@ class Store:
         found = self.get(bucket, source, conditions=source_conditions)
         self._check(conditions, self.find(bucket, target))
         self._admit(bucket, source, target)
-        moved = self._write(bucket, target, found.data, found.properties, found.components)
+        moved = self._write(bucket, target, found.content, found.properties, found.components)
         self._take(known, source, keep=True)  # in a versioned bucket: undocumented
         return moved
 
@@ -323,7 +341,7 @@ class Store:
         """Write an object as another is: a new generation."""
         found = self.get(*source, generation=generation, conditions=source_conditions)
         properties = merged(found.properties, changes or {})
-        return self.put(*target, found.data, properties, conditions=conditions, components=found.components)
+        return self._put(*target, found.content, properties, conditions, found.components)
 
     def rewrite(
         self,
@@ -485,7 +503,14 @@ class Store:
                 )
         self._wrote |= dict.fromkeys(((bucket, name) for name in names), now)
 
-    def _write(self, bucket: str, name: str, data: bytes, properties: Properties, components: int) -> Object:
+    def _put(
+        self, bucket: str, name: str, content: Content, properties: Properties, conditions: Conditions, components: int
+    ) -> Object:
+        self._check(conditions, self.find(bucket, name))
+        self._admit(bucket, name)
+        return self._write(bucket, name, content, properties, components)
+
+    def _write(self, bucket: str, name: str, content: Content, properties: Properties, components: int) -> Object:
         _named(name)
         known, now = self.bucket(bucket), self.now()
         # Microseconds, as they look; that they increase is more than is promised.
@@ -494,7 +519,7 @@ class Store:
             self._take(known, name, keep=True)
         insort(known.names, name)
         known.objects[name] = Object(
-            bucket, name, data, self._generation, now, now, properties=dict(properties), components=components
+            bucket, name, content, self._generation, now, now, properties=dict(properties), components=components
         )
         return known.objects[name]
 
