@@ -308,6 +308,12 @@ def test_a_rewrite_under_way_ends_only_as_it_began(slow: GcsServer, changed: str
         assert status(lambda: bucket.blob("c").rewrite(bucket.blob("a"), token="none", **ONCE)) == 400
 
 
+def test_a_rewrite_that_could_not_end_does_not_begin(slow: GcsServer) -> None:
+    slow.store.put("b", "c", b"there")
+    with client_of(slow) as bucket:
+        assert status(lambda: bucket.blob("c").rewrite(bucket.blob("a"), if_generation_match=0, **ONCE)) == 412
+
+
 # Listing
 
 
@@ -362,6 +368,9 @@ def test_a_versioned_bucket_keeps_what_is_replaced_until_its_generation_is_delet
             assert [blob.generation for blob in bucket.list_blobs(versions=True, **ONCE)] == [first, second]
             assert bucket.blob("a", generation=first).download_as_bytes(**ONCE) == b"1"
             bucket.delete_blob("a", generation=first, **ONCE)
+            assert [blob.generation for blob in bucket.list_blobs(versions=True, **ONCE)] == [second]
+            third = server.store.put("b", "a", b"3").generation
+            bucket.delete_blob("a", generation=third, **ONCE)
             assert [blob.generation for blob in bucket.list_blobs(versions=True, **ONCE)] == [second]
 
 
