@@ -103,7 +103,7 @@ class _Served(DriverConformance):
         return AdlsHarness(self.server, self.path, guids=self.guids)
 
 
-def _only(loop: str) -> object:
+def only(loop: str) -> object:
     """One event loop, where another kind of lake has both: each request takes milliseconds."""
 
     @pytest.fixture(params=[loop])
@@ -122,18 +122,18 @@ class TestAdlsRoot(_Served):
     """A whole file system, whose tree cannot be renamed."""
 
     path = ""
-    anyio_backend = _only("asyncio")
+    anyio_backend = only("asyncio")
 
 
 class TestOneLake(_Served):
     """A directory of an item's folder."""
 
     onelake = True
-    anyio_backend = _only("trio")
+    anyio_backend = only("trio")
 
 
 class TestOneLakeFolder(_Served):
     """A folder of an item, which Fabric manages, by GUIDs."""
 
     onelake, path, guids = True, "", True
-    anyio_backend = _only("asyncio")
+    anyio_backend = only("asyncio")

@@ -100,6 +100,7 @@ class S3Proxy:
         plan: Faults, or their text; they are counted from when the plan is set.
         delay: Seconds that each request takes longer.
         throttle: Every so many requests one is told to slow down; 0 for none.
+        drops: Headers that are not passed on: a server that does not know of conditions.
 
     Attributes:
         url: Its own endpoint.
@@ -109,7 +110,10 @@ class S3Proxy:
         before: Called with each request's number before it is passed on, in the proxy's thread.
     """
 
-    def __init__(self, upstream: str, *, plan: Plan | str = "", delay: float = 0, throttle: int = 0) -> None:
+    def __init__(
+        self, upstream: str, *, plan: Plan | str = "", delay: float = 0, throttle: int = 0, drops: Collection[str] = ()
+    ) -> None:
+        self.drops = drops
         self.plan = Plan(plan) if isinstance(plan, str) else plan
         self.delay, self.throttle = delay, throttle
         self.counts: Counter[str] = Counter()
@@ -196,6 +200,8 @@ class S3Proxy:
 
     async def _handled(self, raw: web.BaseRequest) -> web.StreamResponse:
         request = await _parsed(raw)
+        for name in self.drops:
+            request.headers.popall(name, None)
         self.traffic["up"] += len(request.body or b"")
         self._number += 1
         number = self._number
