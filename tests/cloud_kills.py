@@ -48,6 +48,12 @@ def driver_of(store: str, url: str) -> Driver:
         from staged.drivers.open_mirroring import OpenMirroringDriver
 
         return OpenMirroringDriver(url, credential="sv=1&sig=CANARY", period=PERIOD, keys=["id"], drop_poll=0.01)
+    if store == "s3":
+        from s3 import client_of
+
+        from staged.drivers.s3 import S3Driver
+
+        return S3Driver(url, client=client_of(os.environ["STAGED_ENDPOINT"]), period=PERIOD)
     from staged.drivers.adls import AdlsDriver
 
     return AdlsDriver(url, credential="sv=1&sig=CANARY", period=PERIOD)

@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import pytest
 from cloud_kills import CHANGES, NEXT, NEXT_CHANGES, PRIOR, WORKS
 from dfs import DfsServer
 from mirror import LOAD, Mirror
+from s3 import S3Server
 from test_adls import AdlsHarness
+from test_s3 import S3Harness
 
 from staged import open_store
 
@@ -24,7 +29,7 @@ SOAK = int(os.environ.get("STAGED_SOAK", "1"))
 CALLS = 45
 
 
-def cases() -> list[str]:
+def cases(store: str) -> list[str]:
     found = [
         f"{name},{number},{moment}"
         for shift, name in enumerate(WORKS)
@@ -33,30 +38,43 @@ def cases() -> list[str]:
         if SOAK > 1 or (2 * number + at + shift) % 11 == 0
     ]
     stops = [("append", call) for call in ("seal", "put_segment ledger-", "publish", "put_segment outcome")]
-    stops += [("drop", call) for call in ("put_segment ledger-", "swap", "put_segment outcome")]
+    at_last = ("swap",) if store in ("adls", "onelake") else ("publish", "remove")
+    stops += [("drop", call) for call in ("put_segment ledger-", *at_last, "put_segment outcome")]
     return found + [f"stops,{call},{work}" for work, call in stops]
 
 
-def ran(store: str, words: list[str]) -> tuple[dict[str, dict[str, Any]], str]:
+def ran(store: str, words: list[str], endpoint: str = "") -> tuple[dict[str, dict[str, Any]], str]:
     """What the program told of each case, and the end of what it said besides."""
     program = [sys.executable, str(Path(__file__).with_name("cloud_kills.py")), store, *words]
-    run = subprocess.run(program, capture_output=True, text=True, check=False)
+    own = os.environ | {"STAGED_ENDPOINT": endpoint}
+    run = subprocess.run(program, capture_output=True, text=True, check=False, env=own)
     assert run.returncode == 0, run.stderr[-3000:]
     return {line["case"]: line for line in map(json.loads, run.stdout.splitlines())}, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("store", ["adls", "onelake"])
+@contextmanager
+def served(store: str) -> Iterator[tuple[Callable[[], Any], str]]:
+    """What makes a target on a server, and where that is, if a target's URL does not say it."""
+    if store == "s3":
+        with S3Server() as server:
+            yield partial(S3Harness, server.client(), server.bucket(), lossy=True), server.url
+    else:
+        with DfsServer(onelake=store == "onelake") as lake:
+            yield partial(AdlsHarness, lake), ""
+
+
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3"])
 def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_double_nothing(
     store: str, figure: Callable[[str, str], None]
 ) -> None:
     ends: Counter[str] = Counter()
-    with DfsServer(onelake=store == "onelake") as server:
-        harnesses = {case: AdlsHarness(server) for case in cases()}
+    with served(store) as (target, endpoint):
+        harnesses = {case: target() for case in cases(store)}
         for harness in harnesses.values():
             for name, data in PRIOR.items():
                 anyio.run(harness.put, name, data)
         words = [f"{case}={harness.url}" for case, harness in harnesses.items()]
-        lines, said = ran(store, words)
+        lines, said = ran(store, words, endpoint)
         assert lines.keys() == harnesses.keys()
         for case, harness in harnesses.items():
             line, content = lines[case], harness.content()
@@ -121,3 +139,52 @@ def test_processes_stopped_and_overtaken_over_a_landing_zone_lose_and_double_no_
             ends["ran" if not line["asleep"] else "untouched" if undecided else "completed"] += 1
     figure("processes over open mirroring", ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
     assert ends["completed"] > 3
+
+
+WRITERS, COMMITS = 4, 6
+
+
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3"])
+def test_processes_that_race_for_one_target_commit_one_after_another_and_none_is_lost(
+    store: str, figure: Callable[[str, str], None]
+) -> None:
+    with served(store) as (target, endpoint):
+        harness = target()
+        program = [sys.executable, str(Path(__file__).with_name("cloud_races.py")), store, harness.url]
+        own = os.environ | {"STAGED_ENDPOINT": endpoint}
+        racing = [
+            subprocess.Popen([*program, f"w{number}", str(COMMITS)], stdout=subprocess.PIPE, text=True, env=own)
+            for number in range(WRITERS)
+        ]
+        lines = [json.loads(line) for one in racing for line in one.communicate(timeout=300)[0].splitlines()]
+        assert [one.returncode for one in racing] == [0] * WRITERS
+        assert len(lines) == WRITERS * COMMITS
+        said = Counter(line["said"] for line in lines)
+        files: dict[str, bytes] = harness.content()
+
+        async def look() -> tuple[int, list[str]]:
+            async with open_store(harness.process()) as opened:
+                status = await opened.status()
+                order: list[str] = []
+                last = status.last.transaction if status.last is not None else None
+                while last is not None:  # from the newest to the first
+                    order.append(last)
+                    last = (await opened.outcome(last)).previous
+                await opened.gc(older_than=timedelta(0))
+                return status.commits, order
+
+        count, order = anyio.run(look)
+        # Nobody else was told that all is well than who committed; who was overtaken may have been completed by another.
+        committed = [line for line in lines if line["id"] in order]
+        assert count == len(committed) == len(order)
+        assert {line["id"] for line in lines if line["said"] == "committed"} <= set(order)
+        assert not set(order) & {line["id"] for line in lines if line["said"] == "untouched"}
+        assert files.keys() - {"everybody's"} == {line["file"] for line in committed}
+        overwrites = {line["id"] for line in committed if line["mode"] == "overwrite_files"}
+        assert files["everybody's"].decode() == next(one for one in order if one in overwrites)
+        assert not anyio.run(harness.leftovers)
+    figure(
+        f"processes that race over {store}",
+        f"{len(committed)} of {len(lines)} committed, in one order; told {dict(said)}",
+    )
+    assert len(committed) >= COMMITS
