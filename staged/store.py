@@ -58,8 +58,9 @@ _DRIVERS = (
     ),
     (r"abfss?://|https://[a-z0-9-]+\.dfs\.", "staged.drivers.adls", "AdlsDriver", "adls"),
     (r"s3a?://", "staged.drivers.s3", "S3Driver", "s3"),
+    (r"gs://", "staged.drivers.gcs", "GcsDriver", "gcs"),
 )
-_SCHEMES = "file, memory, abfss, https, s3"
+_SCHEMES = "file, memory, abfss, https, s3, gs"
 
 
 def open_store(

@@ -54,6 +54,13 @@ def driver_of(store: str, url: str) -> Driver:
         from staged.drivers.s3 import S3Driver
 
         return S3Driver(url, client=client_of(os.environ["STAGED_ENDPOINT"]), period=PERIOD)
+    if store == "gcs":
+        from google.auth.credentials import AnonymousCredentials
+
+        from staged.drivers.gcs import GcsDriver
+
+        endpoint = os.environ["STAGED_ENDPOINT"]
+        return GcsDriver(url, credential=AnonymousCredentials(), api_endpoint=endpoint, period=PERIOD, rate=0.0)
     from staged.drivers.adls import AdlsDriver
 
     return AdlsDriver(url, credential="sv=1&sig=CANARY", period=PERIOD)

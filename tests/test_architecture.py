@@ -242,6 +242,7 @@ def test_every_third_party_that_is_imported_is_declared() -> None:
     brings = {"arrow": "arrow", "cli": "cli", "__main__": "cli", "demo": "demo"}
     brings |= {f"drivers.{name}": "adls" for name in ("adls", "onelake", "open_mirroring", "_lake", "_azure", "_cloud")}
     brings |= {f"drivers.{name}": "s3" for name in ("s3", "_bucket")}
+    brings |= {f"drivers.{name}": "gcs" for name in ("gcs", "_gcs")}
     missing = []
     for found in IMPORTS:
         if found.package in sys.stdlib_module_names or found.ours or found.for_types:
@@ -249,6 +250,7 @@ def test_every_third_party_that_is_imported_is_declared() -> None:
         extra = "testing" if found.module.startswith("testing") else brings.get(found.module)
         allowed = CORE | (_declared(extra) if extra else set())
         allowed |= {"botocore"} if "boto3" in allowed else set()
+        allowed |= {"google"} if "google_cloud_storage" in allowed else set()
         # The packages of one publisher share a namespace.
         allowed |= {name.partition("_")[0] for name in allowed if name.startswith("azure_")}
         # Trio is imported only where it runs already.

@@ -18,9 +18,11 @@ import anyio
 import pytest
 from cloud_kills import CHANGES, NEXT, NEXT_CHANGES, PRIOR, WORKS
 from dfs import DfsServer
+from gcs import GcsServer
 from mirror import LOAD, Mirror
 from s3 import S3Server
 from test_adls import AdlsHarness
+from test_gcs import GcsHarness
 from test_s3 import S3Harness
 
 from staged import open_store
@@ -58,12 +60,15 @@ def served(store: str) -> Iterator[tuple[Callable[[], Any], str]]:
     if store == "s3":
         with S3Server() as server:
             yield partial(S3Harness, server.client(), server.bucket(), lossy=True), server.url
+    elif store == "gcs":
+        with GcsServer() as service:
+            yield partial(GcsHarness, service), service.url
     else:
         with DfsServer(onelake=store == "onelake") as lake:
             yield partial(AdlsHarness, lake), ""
 
 
-@pytest.mark.parametrize("store", ["adls", "onelake", "s3"])
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs"])
 def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_double_nothing(
     store: str, figure: Callable[[str, str], None]
 ) -> None:
@@ -144,7 +149,7 @@ def test_processes_stopped_and_overtaken_over_a_landing_zone_lose_and_double_no_
 WRITERS, COMMITS = 4, 6
 
 
-@pytest.mark.parametrize("store", ["adls", "onelake", "s3"])
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs"])
 def test_processes_that_race_for_one_target_commit_one_after_another_and_none_is_lost(
     store: str, figure: Callable[[str, str], None]
 ) -> None:

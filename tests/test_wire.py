@@ -13,12 +13,15 @@ from typing import Any
 import anyio
 import dfs
 import dfs.faults
+import gcs
 import pytest
 import s3
 import s3.faults
 from dfs import DfsServer
+from gcs import GcsServer
 from s3 import S3Proxy, S3Server
 from test_adls import AdlsHarness
+from test_gcs import GcsHarness
 from test_s3 import S3Harness
 
 from staged import StagedError, open_store
@@ -56,7 +59,7 @@ class Wire:
     harness: Callable[[], Harness]
 
 
-@pytest.fixture(params=["adls", "onelake", "s3"], scope="module")
+@pytest.fixture(params=["adls", "onelake", "s3", "gcs"], scope="module")
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     store: str = request.param
     if store == "s3":
@@ -64,6 +67,9 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
             client, bucket, sent = server.client(), server.bucket(), server.client(proxy.url)
             harness = partial(S3Harness, client, bucket, sent=sent, lossy=True)
             yield Wire(store, proxy, s3.Plan, s3.faults.ANYWHERE, harness)
+    elif store == "gcs":
+        with GcsServer() as service:
+            yield Wire(store, service, gcs.Plan, dfs.faults.FAULTS, lambda: GcsHarness(service))
     else:
         with DfsServer(onelake=store == "onelake") as lake:
             yield Wire(store, lake, dfs.Plan, dfs.faults.FAULTS, lambda: AdlsHarness(lake))

@@ -5,14 +5,11 @@ Whatever is refused for good is `Refused`. Identities are ETags: two objects of 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
-from anyio import to_thread
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
 from botocore.exceptions import ConnectionError as NotConnected
@@ -20,8 +17,8 @@ from botocore.parsers import ResponseParserError
 
 from staged.driver import Record
 from staged.drivers._cloud import Limit, Refused, at_once, unless_missing
-from staged.drivers._objects import WRITE, Look, Objects
-from staged.errors import StorageError
+from staged.drivers._objects import WRITE, Look, Objects, honoured
+from staged.drivers._threads import TIMEOUT, Threads
 from staged.model import Answer, Listed
 
 if TYPE_CHECKING:
@@ -34,8 +31,6 @@ T = TypeVar("T")
 Part = dict[str, Any]
 """A part as completing an upload names it."""
 
-_TIMEOUT = 15
-"""Seconds without an answer after which a request counts as lost: less than what the core allows for a single one."""
 _DELETES = 1_000
 """Keys of one request that deletes, the most that the service takes."""
 _UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -62,56 +57,29 @@ class Bucket(Objects):
         self, name: str, client: S3Client | None, session: Session | None, endpoint_url: str | None, limit: int
     ) -> None:
         self.limit = Limit(limit)
-        self._name = name
-        self._given, self._session, self._endpoint_url = client, session, endpoint_url
-        self._opening = anyio.Lock()
-        self._opened: S3Client | None = None
-        self._closed = False
-        # What runs at once is the limit's business; a request that must not wait finds a thread as well.
-        self._threads: anyio.CapacityLimiter | None = None
+        self._name, self._session, self._endpoint_url = name, session, endpoint_url
+        self._sdk = Threads(self.limit, self._make_client, _once, client)
+        self._send = self._sdk.send
         self.honours_writes = self.honours_deletions = True
         self._probed = False
         self.unanswered = 0
         """Deletions of which it is not known whether they are still under way."""
 
-    async def _send(self, what: str, request: Callable[[S3Client], T], *, urgent: bool = False) -> T:
-        if self._closed:
-            raise StorageError(f"{what}: the store is closed.")
-        async with self._opening:
-            if self._threads is None:
-                self._threads = anyio.CapacityLimiter(math.inf)
-            # Making one reads the service's description from disk.
-            if self._opened is None:
-                self._opened = await self._in_thread(lambda: _once(what, self._make_client))
-            client = self._opened
-        return await self.limit.send(
-            lambda: self._in_thread(lambda: _once(what, lambda: request(client))), urgent=urgent
-        )
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        # Whoever is cancelled leaves a request to its thread: it is then one whose answer was lost.
-        return await to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
-
     def _make_client(self) -> S3Client:
-        if self._given is not None:
-            return self._given
         import boto3
 
         config = Config(
             # A replay would start uploads that nobody knows of.
             retries={"total_max_attempts": 1},
-            connect_timeout=_TIMEOUT,
-            read_timeout=_TIMEOUT,
+            connect_timeout=TIMEOUT,
+            read_timeout=TIMEOUT,
             max_pool_connections=self.limit.most + 4,
         )
         session = self._session or boto3.session.Session()
         return session.client("s3", endpoint_url=self._endpoint_url, config=config)
 
     async def aclose(self) -> None:
-        self._closed = True
-        client, self._opened = self._opened, None
-        if client is not None and client is not self._given:
-            client.close()
+        self._sdk.close()
 
     # ----------------------------------------------------------------------------------------------------------- objects
 
@@ -122,22 +90,9 @@ class Bucket(Objects):
 
     async def probe(self, place: str) -> None:
         """Try whether conditions are honoured, at a free name, where the service is not Amazon's own."""
-        host = self._opened.meta.endpoint_url if self._opened is not None else ""
-        if self._probed or re.fullmatch(r"https://[^/]+\.amazonaws\.com(\.cn)?/?", host):
-            return
-        first = await self.put(place, b"1", replaces=None)
-        try:
-            taken = await self.put(place, b"2", replaces=None), await self.put(place, b"2", replaces="0" * 32)
-            self.honours_writes = first is not None and taken == (None, None)
-            try:
-                await self.delete({place: "0" * 32})
-                self.honours_deletions = await self.look(place) is not None
-            except Refused as error:
-                if error.status not in (400, 501):
-                    raise
-                self.honours_deletions = False
-        finally:
-            await self._delete_one(place, None)
+        host = self._sdk.client.meta.endpoint_url if self._sdk.client is not None else ""
+        if not self._probed and not re.fullmatch(r"https://[^/]+\.amazonaws\.com(\.cn)?/?", host):
+            self.honours_writes, self.honours_deletions = await honoured(self, place)
         self._probed = True
 
     async def get(self, name: str) -> Record | None:
@@ -355,7 +310,7 @@ def _part(number: int, said: Mapping[str, Any]) -> Part:
     return {"PartNumber": number, "ETag": _bare(said["ETag"]), **sums}
 
 
-def _once(what: str, request: Callable[[], T]) -> T:
+def _once(what: str, request: Callable[[], object]) -> object:
     """Make one request through the SDK; what fails is `Refused`, with the service's status and code, and nothing of the request."""
     try:
         return request()

@@ -169,14 +169,15 @@ class Parts(Generic[T]):
 
     Args:
         send: Sends the part of that number, counted from 0.
+        at_once: So many at a time.
 
     Attributes:
         sent: What `send` returned for each part, in their order.
         size: Bytes written.
     """
 
-    def __init__(self, send: Callable[[int, bytes], Awaitable[T]]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[int, bytes], Awaitable[T]], at_once: int = _PARTS) -> None:
+        self._send, self._at_once = send, at_once
         self._data = bytearray()
         self.sent: list[T] = []
         self.size = 0
@@ -202,7 +203,9 @@ class Parts(Generic[T]):
         bodies = [bytes(self._data[at * part : (at + 1) * part]) for at in range(count)]
         del self._data[: count * part]
         first = len(self.sent)
-        self.sent += await at_once(list(enumerate(bodies, first)), lambda numbered: self._send(*numbered), _PARTS)
+        self.sent += await at_once(
+            list(enumerate(bodies, first)), lambda numbered: self._send(*numbered), self._at_once
+        )
 
 
 async def at_once(items: Sequence[S], work: Callable[[S], Awaitable[T]], tasks: int) -> list[T]:

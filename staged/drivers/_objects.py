@@ -21,7 +21,7 @@ from staged.drivers._cloud import MISSED, Limit, Refused, at_once, mapped
 from staged.model import Answer, Entry, Guarantee, Listed, Mode
 from staged.paths import RESERVED, join
 
-__all__ = ["ALWAYS", "WRITE", "Look", "ObjectDriver", "Objects", "alike", "guarantees"]
+__all__ = ["ALWAYS", "WRITE", "Look", "ObjectDriver", "Objects", "alike", "guarantees", "honoured"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -238,6 +238,24 @@ class ObjectDriver(Driver):
 
     async def _at_once(self, items: Collection[S], work: Callable[[S], Awaitable[T]]) -> Sequence[T]:
         return await at_once(list(items), work, self._objects.limit.most)
+
+
+async def honoured(objects: Objects, place: str) -> tuple[bool, bool]:
+    """Whether conditions of writes, and those of deletions, are honoured; tried at a free name."""
+    first = await objects.put(place, b"1", replaces=None)
+    other = await objects.put(f"{place}-other", b"2", replaces=None)
+    try:
+        taken = await objects.put(place, b"3", replaces=None), await objects.put(place, b"3", replaces=other)
+        try:
+            await objects.delete({place: other})
+        except Refused as error:
+            if error.status not in (400, 501):
+                raise
+            return first is not None and taken == (None, None), False
+        there = await objects.look(place)
+        return first is not None and taken == (None, None), there is not None
+    finally:
+        await objects.delete({place: None, f"{place}-other": None})
 
 
 def alike(names: Sequence[str]) -> str:
