@@ -594,6 +594,9 @@ async def _complete_other(held: Held, owner: str, resolve: Resolve | None) -> st
     if await _is_finished(held.target, decided.header.transaction):
         await quietly(held.move(states.free(held.head), durable=True))
     else:
+        if held.target.store.fence == "time" and decided.plan.remove:
+            # A removal of the other may be under way, and must not meet what is written to these names later.
+            await anyio.sleep(min(_REQUEST_TIMEOUT, held.target.store.period / 2))
         await _complete(held, decided, resolve)
     # Under the same lock, which whoever called us goes on with.
     await _clean_up(held.target, decided)
@@ -619,8 +622,11 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
         if header.trees is not None:
             left = await _swap_trees(held, decided, header.trees, resolve)
         if header.trees is None or (target.store.clears and not left):
-            left = await _publish(held, decided.plan, resolve)
-            foreign = await _remove(held, decided.plan.remove)
+            left, lost = await _publish(held, decided.plan, resolve)
+            if lost and resolve == "keep":
+                foreign = len(decided.plan.remove)  # what was to take its place is gone: it is not removed for nothing
+            else:
+                foreign = await _remove(held, decided.plan.remove, resolve)
         receipt = decided.receipt(left, foreign)
         await driver.put_segment(
             outcome_key(tx), encode(Outcome(tx, "committed", receipt, header.previous, header.epoch))
@@ -676,11 +682,12 @@ async def _swap(held: Held, trees: Trees, aside: str) -> Answer:
     return answer
 
 
-async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[Entry]:
-    """Publish all entries; those left out because something foreign is in their place."""
+async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> tuple[Sequence[Entry], bool]:
+    """Publish all entries; those left out because something foreign is in their place, or gone, and whether any is gone."""
     target, tx = held.target, held.head.transaction or ""
     resolve = None if target.store.adds_only else resolve  # nothing may be left out, and nothing replaced
     left: list[Entry] = []
+    lost = False
     for batch in _batches(plan.publish, target.store, _BATCH):
         await held.renew()
         stuck = _stuck(batch, await target.driver.publish(tx, batch, plan.replaces))
@@ -697,23 +704,43 @@ async def _publish(held: Held, plan: Plan, resolve: Resolve | None) -> Sequence[
             # What is kept out is discarded before the head is freed: nobody may publish it later.
             await target.driver.discard(tx, [entry.handle for entry in foreign], whole=False)
             left += [entry for entry, _ in stuck]
+            lost = lost or len(foreign) < len(stuck)
         notify(target.observers, Published(tx, len(batch) - len(stuck)))
-    return left
+    return left, lost
 
 
-async def _remove(held: Held, entries: Sequence[Listed]) -> int:
-    """Remove exactly the planned entries; the number left because they are no longer the ones listed."""
+async def _remove(held: Held, entries: Sequence[Listed], resolve: Resolve | None) -> int:
+    """Remove exactly the planned entries; the number left because they are no longer the ones listed.
+
+    What may not be removed stays under `resolve="keep"`.
+    """
     target = held.target
     left = 0
     for batch in _batches(entries, target.store, _REMOVED):
         await held.renew()
-        answers = await target.driver.remove(batch)
+        try:
+            answers = await target.driver.remove(batch)
+        except StorageError as error:
+            if resolve != "keep" or error.retryable:
+                raise
+            answers = [await _remove_or_leave(held, entry) for entry in batch]
         foreign = sum(answer is Answer.FOREIGN for answer in answers)
         if foreign:
             await held.check()
             left += foreign
         notify(target.observers, Removed(held.head.transaction or "", len(batch) - foreign))
     return left
+
+
+async def _remove_or_leave(held: Held, entry: Listed) -> Answer:
+    await held.renew()
+    try:
+        return (await held.target.driver.remove([entry]))[0]
+    except StorageError as error:
+        if error.retryable:
+            raise
+        _log.warning("%r could not be removed, and is left: %s", entry.path, error)
+        return Answer.FOREIGN
 
 
 def _batches(entries: Sequence[_T], store: Capabilities, most: int) -> list[Sequence[_T]]:
@@ -744,13 +771,14 @@ def _blocked(held: Held, paths: Sequence[str], *, lost: bool) -> CommitBlocked:
     )
 
 
-async def discard(target: Target, tx: str, *, log: bool = False) -> None:
+async def discard(target: Target, tx: str, *, log: bool = False, keys: Sequence[str] | None = None) -> None:
     """Discard the staging of a transaction that ended, then its control data, the record last: a crash leaves a trace.
 
     Args:
         log: Its manifest and plan go too: nothing was committed.
+        keys: Its control data, where its staged bytes are discarded already.
     """
-    keys = await discard_staged(target, tx)
+    keys = await discard_staged(target, tx) if keys is None else keys
     if log:
         await target.driver.delete_control(await target.driver.list_control(log_prefix(tx)))
     record = record_key(tx)

@@ -6,6 +6,7 @@ cancellation finds either an undecided transaction, which is rolled back, or a d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from copy import deepcopy
@@ -57,6 +58,8 @@ Check = Callable[[Sequence[Entry]], Awaitable[None] | None]
 T = TypeVar("T")
 
 _ENDING = (Phase.PREPARING, Phase.COMMITTING)
+_FRESH = 60.0
+"""Seconds for which what was sealed is taken to be there still: what is staged may expire, or be cleared away by a rule."""
 """Another call is at work and has run the checks: a second one waits for it, and finds what it came to."""
 
 
@@ -122,7 +125,7 @@ class Transaction(Staging):
         self._deletes: list[str] = []
         self._attempt = states.new_id()[:8]
         self._numbers = 0
-        self._sealed = False
+        self._sealed_at = -math.inf
         self._validating = False
         self._abandoned = False
         self._ending = anyio.Lock()
@@ -595,7 +598,7 @@ class Transaction(Staging):
         token = await swap(driver, record_key(self.id), record, self._token, durable=not record.block)
         if token is None:
             raise StagingError(f"Transaction {self.id} was rolled back by another process.", transaction=self.id)
-        self._record, self._token, self._sealed = record, token, True
+        self._record, self._token, self._sealed_at = record, token, anyio.current_time()
         self._advance(Phase.PREPARED)
         notify(self._target.observers, Prepared(self.id, manifest.files, manifest.bytes))
 
@@ -605,7 +608,7 @@ class Transaction(Staging):
         if self._phase is Phase.ROLLED_BACK:
             return
         self._advance(Phase.COMMITTING)
-        if not self._sealed:
+        if anyio.current_time() - self._sealed_at > _FRESH:
             await self._target.driver.seal(self.id, self._entries.values())
         manifest = self._record.manifest
         assert manifest is not None

@@ -76,6 +76,11 @@ def _fold_part(part: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", part).casefold()).replace("/", "\uff0f")
 
 
+def leads_out(path: str) -> bool:
+    """Whether a name that a listing found is none that could be written down and removed later."""
+    return any(part in ("", ".", "..") for part in path.split("/")) or "\0" in path
+
+
 def parents(path: str) -> list[str]:
     """Every directory above a path within the target, the nearest first; not the target itself."""
     found = []

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from staged.errors import Conflict, Exists, InvalidInput, StagingError
 from staged.model import Capabilities, Entry, Listed, Mode, Plan
-from staged.paths import RESERVED, fold, join, parents
+from staged.paths import RESERVED, fold, join, leads_out, parents
 
 __all__ = [
     "BLIND",
@@ -187,6 +187,11 @@ def _removable(
             raise Conflict.covering(listed.path)
         if listed.is_dir:
             continue
+        if covered and leads_out(listed.path):
+            raise Conflict(
+                f"{listed.path!r} is in the way, and has a name that nobody could remove after a crash; remove it first.",
+                retryable=False,
+            )
         if covered or name in deletes:
             removable[listed.path] = listed
             deletes.pop(name, None)

@@ -235,6 +235,5 @@ def _check_entry(entry: Entry) -> None:
 
 def _check_listed(listed: Listed) -> None:
     # What a listing found may have a name that we would not write; it must still not lead out of the target.
-    parts = listed.path.split("/")
-    if any(part in ("", ".", "..") for part in parts) or "\0" in listed.path or paths.RESERVED in parts:
+    if paths.leads_out(listed.path) or paths.RESERVED in listed.path.split("/"):
         raise DamagedRecord(f"{listed.path!r} leads out of the target, or into a control area.")

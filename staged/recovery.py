@@ -13,7 +13,7 @@ from staged import states
 from staged.commit import Stop, discard, discard_staged, look, settle
 from staged.control import Target, outcome_key, read_head, read_outcome, read_record, record_key, swap
 from staged.driver import Lock
-from staged.errors import Busy, DamagedRecord, Fenced
+from staged.errors import Busy, DamagedRecord, Fenced, StorageError
 from staged.model import HeadState, Outcome, Receipt, Recovered, Resolve, TxState
 from staged.records import encode, is_id
 
@@ -69,9 +69,9 @@ async def abort(target: Target, tx: str, owner: str, *, sole: bool, own: bool = 
             continue
         outcome = Outcome(tx, "rolled_back", Receipt(tx, record.mode, "rolled_back", key=record.key))
         # Its bytes first: on a full disk they make room for its outcome.
-        await discard_staged(target, tx)
+        keys = await discard_staged(target, tx)
         await target.driver.put_segment(outcome_key(tx), encode(outcome))
-        await discard(target, tx, log=True)
+        await discard(target, tx, log=True, keys=keys)
         return outcome
     raise Busy(f"Transaction {tx} is being changed by another process; it was not rolled back.", transaction=tx)
 
@@ -90,6 +90,7 @@ async def recover(
     """
     alive: list[str] = []
     finished: list[str] = []
+    failed: StorageError | None = None
     try:
         # A live holder is not waited for; where death is told by silence, a period of it must be.
         wait = 0.0 if target.store.fence == "lock" else 2 * target.store.period
@@ -118,11 +119,16 @@ async def recover(
             fate = "alive"
         except DamagedRecord:
             fate = "damaged"
+        except StorageError as error:
+            # What fails for one is no reason to leave the others.
+            fate, failed = None, failed or error
         finally:
             if lock is not None:
                 lock.release()
         if fate is not None:
             fates.setdefault(fate, alive).append(tx)
+    if failed is not None:
+        raise failed
     return Recovered(
         finished=tuple(dict.fromkeys(finished)),
         rolled_back=tuple(fates["rolled_back"]),

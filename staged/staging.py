@@ -56,6 +56,8 @@ class StagedFile:
         self._overwrite = overwrite
         self._writer: Writer | None = None
         self._broken = False
+        # Parts of one file are counted: two tasks that write into it take turns.
+        self._turn = anyio.Lock()
 
     async def write(self, data: Buffer) -> int:
         """Add bytes; returns how many.
@@ -65,16 +67,17 @@ class StagedFile:
         """
         if self._writer is None:
             raise WrongState(f"{self._path!r} is not open.")
-        self._staging._check_staging()
-        self._check_whole()
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise InvalidInput(f"{self._path!r} takes bytes, not {type(data).__name__}.")
-        try:
-            with self._staging._errors(self._path):
-                await self._writer.write(data)
-        except BaseException:
-            self._broken = True
-            raise
+        async with self._turn:
+            self._staging._check_staging()
+            self._check_whole()
+            try:
+                with self._staging._errors(self._path):
+                    await self._writer.write(data)
+            except BaseException:
+                self._broken = True
+                raise
         return memoryview(data).nbytes
 
     def _check_whole(self) -> None:

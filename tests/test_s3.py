@@ -16,16 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import boto3
-import pyarrow
 import pytest
 import trio
 from anyio import to_thread
-from s3 import Plan, S3Proxy, S3Server
+from botocore.exceptions import ClientError
+from s3 import Plan, S3Proxy, S3Server, client_of
 from test_adls import only
 
-from staged import CommitBlocked, CommitIncomplete, Conflict, InvalidInput, StagedError, Unsupported, open_store
+from staged import (
+    CommitBlocked,
+    CommitIncomplete,
+    Conflict,
+    InvalidInput,
+    StagedError,
+    StagingError,
+    Unsupported,
+    open_store,
+)
 from staged.driver import Driver
 from staged.drivers._azure import in_trio
+from staged.drivers._bucket import Bucket
 from staged.drivers.s3 import S3Driver
 from staged.model import Mode, Resolve
 from staged.testing.conformance import DriverConformance
@@ -181,7 +191,16 @@ def test_every_spelling_of_a_url_is_the_same_target(url: str, shown: str) -> Non
     assert open_store(url).url == shown
 
 
-@pytest.mark.parametrize("url", ["s3://", "s3://bucket/../x", "s3://bucket/_staged/x", "s3://key:canary@bucket/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://",
+        "s3://bucket/../x",
+        "s3://bucket/_staged/x",
+        "s3://key:canary@bucket/x",
+        "s3://b/x?X-Amz-Signature=canary",
+    ],
+)
 def test_a_url_that_is_none_is_refused_without_being_shown(url: str) -> None:
     with pytest.raises(InvalidInput) as raised:
         open_store(url)
@@ -306,14 +325,110 @@ async def test_a_completion_that_answers_200_and_never_shows_is_noticed(
             await DROP(store)
         assert raised.value.paths == ("new",)
         assert (await behind.files()).keys() == {"old", "both", "d/f1"}, "nothing is removed before all is there"
-        # What is gone cannot be brought back: either way the rest is committed, and the receipt says what was left.
+        # What is gone cannot be brought back. Whoever keeps what is there loses nothing for what did not come.
         await store.recover(resolve=resolve)
-        assert await behind.files() == {"both": b"new"}
+        kept = {"old": b"old", "d/f1": b"old"} if resolve == "keep" else {}
+        assert await behind.files() == {"both": b"new", **kept}
         last = (await store.status()).last
         assert last is not None
         receipt = (await store.outcome(last.transaction)).receipt
         assert receipt is not None
-        assert (receipt.files, receipt.left) == (1, 1)
+        assert (receipt.files, receipt.left) == (1, 1 + len(kept))
+        assert await behind.leftovers() == []
+
+
+@pytest.mark.anyio
+async def test_a_completion_that_answers_200_and_did_nothing_is_made_again(
+    target: S3Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, lied = Bucket.complete, list[str]()
+
+    async def lie(self: Bucket, name: str, upload: str, parts: Any) -> str:
+        if name.endswith("new") and not lied:
+            lied.append(name)
+            return "an-etag"
+        return await complete(self, name, upload, parts)
+
+    monkeypatch.setattr(Bucket, "complete", lie)
+    async with open_store((await laid(target)).process()) as store:
+        with pytest.raises(CommitIncomplete, match="was not"):
+            await DROP(store)
+        await store.recover()
+    assert await target.files() == {"new": b"new", "both": b"new"}
+    assert await target.leftovers() == []
+
+
+@pytest.mark.anyio
+async def test_a_part_that_arrived_twice_with_other_etags_is_completed_as_it_is(target: S3Harness) -> None:
+    async with open_store(target.process()) as store:
+        tx = await store.begin("append")
+        await tx.write("same size", b"1234")
+        await tx.write("other size", b"1234")
+        await tx.prepare()
+        for name, body in (("same size", b"abcd"), ("other size", b"too long")):
+            upload = next(one for one in _uploads(target) if one["Key"].endswith(name))["UploadId"]
+            target.client.upload_part(
+                Bucket=target.bucket, Key=f"{target.path}/{name}", UploadId=upload, PartNumber=1, Body=body
+            )
+        with pytest.raises(CommitBlocked, match="'other size'"):
+            await tx.commit()
+        await store.recover(resolve="keep")
+    assert await target.files() == {"same size": b"abcd"}
+
+
+def _uploads(target: S3Harness) -> list[Any]:
+    return list(target.client.list_multipart_uploads(Bucket=target.bucket).get("Uploads", ()))
+
+
+@pytest.mark.anyio
+async def test_what_was_cleared_away_since_it_was_prepared_is_noticed_before_the_decision(
+    target: S3Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("staged.lifecycle._FRESH", 0.0)
+    async with open_store((await laid(target)).process()) as store:
+        tx = await store.begin("full_drop")
+        await tx.write("new", b"new")
+        await tx.prepare()
+        upload = _uploads(target)[0]
+        target.client.abort_multipart_upload(Bucket=target.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        with pytest.raises(StagingError, match="no longer staged"):
+            await tx.commit()
+    assert await target.files() == PRIOR
+
+
+@pytest.mark.anyio
+async def test_two_tasks_that_write_into_one_file_take_turns(
+    target: S3Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("staged.drivers._cloud._PART", 1_000)
+    async with (
+        open_store(target.process()) as store,
+        store.staged_write("append") as tx,
+        tx.open("a") as file,
+        anyio.create_task_group() as tasks,
+    ):
+        for number in range(20):
+            tasks.start_soon(file.write, bytes([number]) * 1_000)
+    body = (await target.files())["a"]
+    assert sorted(body[at : at + 1_000] for at in range(0, 20_000, 1_000)) == [bytes([n]) * 1_000 for n in range(20)]
+
+
+@pytest.mark.anyio
+async def test_a_service_that_takes_no_deletion_of_many_is_asked_for_each(ministack: S3Server) -> None:
+    """Such as one that wants a digest which the SDK no longer sends."""
+    client = client_of(ministack.url)
+
+    def refuse(**_: object) -> None:
+        said = {"Error": {"Code": "MissingContentMD5"}, "ResponseMetadata": {"HTTPStatusCode": 400}}
+        raise ClientError(said, "DeleteObjects")  # type: ignore[arg-type]
+
+    client.meta.events.register("before-call.s3.DeleteObjects", refuse)
+    target = await laid(S3Harness(ministack.client(), ministack.bucket(), sent=client))
+    async with open_store(target.process()) as store:
+        assert await DROP(store) == "committed"
+        await store.gc(older_than=timedelta(0))
+    assert await target.files() == {"new": b"new", "both": b"new"}
+    client.close()
 
 
 @pytest.mark.anyio
@@ -334,8 +449,9 @@ async def test_an_overlap_with_a_commit_since_the_base_is_found_before_the_decis
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize("resolve", [None, "keep"])
 async def test_a_key_that_may_not_be_deleted_leaves_the_commit_to_be_completed(
-    behind: S3Harness, proxy: S3Proxy
+    behind: S3Harness, proxy: S3Proxy, resolve: Resolve | None
 ) -> None:
     await laid(behind)
     proxy.plan = Plan("denied@DeleteObjects/*/d/f1:0")
@@ -343,24 +459,26 @@ async def test_a_key_that_may_not_be_deleted_leaves_the_commit_to_be_completed(
         with pytest.raises(CommitIncomplete, match="d/f1"):
             await DROP(store)
         assert await behind.files() == {"new": b"new", "both": b"new", "d/f1": b"old"}
-        await store.recover()
-    assert await behind.files() == {"new": b"new", "both": b"new"}
+        if resolve is not None:
+            proxy.plan = Plan(" ".join(f"denied@DeleteObjects/*/d/f1:{number}" for number in range(9)))
+        await store.recover(resolve=resolve)
+    kept = {} if resolve is None else {"d/f1": b"old"}
+    assert await behind.files() == {"new": b"new", "both": b"new", **kept}
 
 
 @pytest.mark.anyio
-async def test_an_upload_of_which_nobody_was_told_is_found_by_the_transactions_name_in_its_own(
+async def test_an_upload_of_which_nobody_was_told_is_empty_and_nobody_elses_is_touched(
     behind: S3Harness, proxy: S3Proxy
 ) -> None:
-    behind.client.create_multipart_upload(Bucket=behind.bucket, Key=f"{behind.path}/somebody-else's")
-    proxy.plan = Plan("lost@CreateMultipartUpload:0 lost@CreateMultipartUpload:2")
+    behind.client.create_multipart_upload(Bucket=behind.bucket, Key=f"{behind.path}/a")
+    proxy.plan = Plan("lost@CreateMultipartUpload:0")
     async with open_store(behind.process()) as store:
         async with store.staged_write("append") as tx:
-            await tx.write_table(pyarrow.table({"n": [1]}))
             await tx.write("a", b"1")
-        assert len(await behind.files()) == 2
         await store.gc(older_than=timedelta(0))
-    # That of a name of the caller's own is empty, costs nothing, and stays; so does a stranger's.
-    assert sorted(await behind.leftovers()) == [f"{behind.path}/a", f"{behind.path}/somebody-else's"]
+    assert await behind.files() == {"a": b"1"}
+    # One is a stranger's; of the other nobody knows the id. It has no parts, and costs nothing.
+    assert await behind.leftovers() == [f"{behind.path}/a"] * 2
     behind.lossy = True
     assert await behind.leftovers() == []
 
@@ -453,22 +571,7 @@ async def test_a_file_of_many_parts_is_completed_by_whoever_asks_for_them_again(
 
 @pytest.mark.anyio
 async def test_whatever_a_key_is_called_it_is_listed_and_removed_and_its_neighbours_are_not(target: S3Harness) -> None:
-    odd = [
-        "a b",
-        "a+b",
-        "a%20b",
-        "ü",
-        "a&<b>\"'",
-        "x/../y",
-        "a//b",
-        "tab\t",
-        "line\n",
-        "bell\a",
-        "end\r",
-        "~",
-        "😀",
-        "a=1",
-    ]
+    odd = ["a b", "a+b", "a%20b", "ü", "a&<b>\"'", "tab\t", "line\n", "bell\a", "end\r", "~", "😀", "a=1"]
     for name in odd:
         await target.put(name, b"1")
     near = [f"{target.path}2/x", f"{target.path}-x", target.path, "lake/x"]
@@ -488,6 +591,19 @@ async def test_whatever_a_key_is_called_it_is_listed_and_removed_and_its_neighbo
     assert files.keys() - {f"d/{name}" for name in ("a b", "a+b%20", "ü", "a&'", "😀")} == {"new", "both"}
     there = {one["Key"] for one in target.client.list_objects_v2(Bucket=target.bucket)["Contents"]}
     assert there >= set(near)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("name", ["a//b", "x/../y", "/a", "./a"])
+async def test_a_name_that_nobody_could_remove_after_a_crash_is_refused_before_the_decision(
+    target: S3Harness, name: str
+) -> None:
+    await target.put(name, b"1")
+    async with open_store(target.process()) as store:
+        with pytest.raises(Conflict, match="remove it first"):
+            await DROP(store)
+        assert await Work(Mode.APPEND, (("b", b"1"),))(store) == "committed"
+    assert await target.files() == {name: b"1", "b": b"1"}
 
 
 @pytest.mark.anyio

@@ -6,7 +6,8 @@ Whatever is refused for good is `Refused`. Identities are ETags: two objects of 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,7 +38,9 @@ _UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff
 """What XML cannot hold, and so no request that names several keys."""
 _CONDITIONS = frozenset(("PreconditionFailed", "NoSuchKey"))
 """Codes that say that a condition of a write or of a deletion was not met."""
-_LATER = frozenset(("InternalError", "SlowDown", "ServiceUnavailable", "OperationAborted"))
+_LATER = frozenset(
+    ("InternalError", "SlowDown", "ServiceUnavailable", "OperationAborted", "ConditionalRequestConflict")
+)
 """What is said of a single key that may be deleted later."""
 _ABORTS = 5
 """Aborts of one upload."""
@@ -62,6 +65,7 @@ class Bucket(Objects):
         self._send = self._sdk.send
         self.honours_writes = self.honours_deletions = True
         self._probed = False
+        self._deletes_many = True
         self.unanswered = 0
         """Deletions of which it is not known whether they are still under way."""
 
@@ -83,10 +87,14 @@ class Bucket(Objects):
 
     # ----------------------------------------------------------------------------------------------------------- objects
 
-    async def exists(self) -> bool:
-        """Whether there is such a bucket."""
-        request = lambda s3: s3.list_objects_v2(Bucket=self._name, MaxKeys=1)  # noqa: E731
-        return await unless_missing(self._send(f"looking at the bucket {self._name!r}", request)) is not None
+    async def exists(self, prefix: str) -> bool:
+        """Whether there is such a bucket; looked at by a listing that begins so, since no other may be allowed."""
+
+        def list_one(s3: S3Client) -> bool:
+            s3.list_objects_v2(Bucket=self._name, Prefix=prefix, MaxKeys=1)
+            return True
+
+        return bool(await unless_missing(self._send(f"looking at the bucket {self._name!r}", list_one)))
 
     async def probe(self, place: str) -> None:
         """Try whether conditions are honoured, at a free name, where the service is not Amazon's own."""
@@ -141,19 +149,22 @@ class Bucket(Objects):
     async def delete(self, names: Mapping[str, str | None]) -> Mapping[str, Answer]:
         if not self.honours_deletions and any(names.values()):
             return await self._delete_looked_at(names)
-        alone = [name for name in names if _UNSPEAKABLE.search(name)]
-        others = [name for name in names if not _UNSPEAKABLE.search(name)]
+        alone = [name for name in names if _UNSPEAKABLE.search(name) or not self._deletes_many]
+        others = [name for name in names if name not in set(alone)]
         chunks = [others[at : at + _DELETES] for at in range(0, len(others), _DELETES)]
-        refused: dict[str, str] = {}
-        for codes in await at_once(chunks, lambda chunk: self._delete_some(chunk, names), self.limit.most):
-            refused |= codes
-        for name in alone:
-            refused |= await self._delete_one(name, names[name])
-        answers = dict.fromkeys(names, Answer.DONE)
+        most = self.limit.most
+        found = await at_once(chunks, lambda chunk: self._delete_some(chunk, names), most)
+        found += await at_once(alone, lambda name: self._delete_one(name, names[name]), most)
+        refused = {name: code for codes in found for name, code in codes.items()}
         for name, code in refused.items():
             if code not in _CONDITIONS:
                 raise Refused(f"deleting {name!r}", 403 if code == "AccessDenied" else 400, code)
-            answers[name] = Answer.ALREADY if await self.look(name) is None else Answer.FOREIGN
+        looked = await at_once(list(refused), self.look, most)
+        answers = dict.fromkeys(names, Answer.DONE)
+        answers |= {
+            name: Answer.ALREADY if there is None else Answer.FOREIGN
+            for name, there in zip(refused, looked, strict=True)
+        }
         return answers
 
     async def _delete_looked_at(self, names: Mapping[str, str | None]) -> Mapping[str, Answer]:
@@ -174,11 +185,8 @@ class Bucket(Objects):
             objects: Any = [
                 {"Key": name} if names[name] is None else {"Key": name, "ETag": f'"{names[name]}"'} for name in left
             ]
-            try:
+            with self._counted():
                 said = s3.delete_objects(Bucket=self._name, Delete={"Objects": objects, "Quiet": True})
-            except _UNANSWERED:
-                self.unanswered += 1
-                raise
             left, last = [], ""
             for error in said.get("Errors", ()):
                 if error.get("Code") in _LATER:
@@ -189,38 +197,53 @@ class Bucket(Objects):
             if left:
                 raise Refused(f"deleting {left[0]!r}", 503, last)
 
-        if left:
+        try:
             await self._send(f"deleting {left[0]!r} and others", delete)
+        except Refused as error:
+            if error.status not in (400, 501):
+                raise
+            # Not every service takes such a request, or the ETags or the checksum in it.
+            self._deletes_many = False
+            for codes in await at_once(left, lambda name: self._delete_one(name, names[name]), self.limit.most):
+                refused |= codes
         return refused
 
     async def _delete_one(self, name: str, identity: str | None) -> dict[str, str]:
         condition: Any = {} if identity is None else {"IfMatch": f'"{identity}"'}
+
+        def delete(s3: S3Client) -> None:
+            with self._counted():
+                s3.delete_object(Bucket=self._name, Key=name, **condition)
+
         try:
-            await self._send(
-                f"deleting {name!r}", lambda s3: s3.delete_object(Bucket=self._name, Key=name, **condition)
-            )
+            await self._send(f"deleting {name!r}", delete)
         except Refused as error:
+            if error.code not in _CONDITIONS:
+                raise
             return {name: error.code}
         return {}
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a deletion that was not answered."""
+        try:
+            yield
+        except _UNANSWERED:
+            self.unanswered += 1
+            raise
+
     # ----------------------------------------------------------------------------------------------------------- uploads
 
-    async def create_upload(self, name: str, write: str, note: Callable[[str | None], bool]) -> str:
+    async def create_upload(self, name: str, write: str, note: Callable[[str], bool]) -> str:
         """Begin an upload that this write will be known by; its id.
 
         Args:
-            note: Told, in a thread, of each upload that was begun, and by None that there may be one more. Where it answers
-                False, nobody waits any longer, and the upload is aborted.
+            note: Told, in a thread, of each upload that was begun. Where it answers False, nobody waits any longer, and the
+                upload is aborted.
         """
 
         def create(s3: S3Client) -> str:
-            try:
-                said = s3.create_multipart_upload(Bucket=self._name, Key=name, Metadata={WRITE: write})
-            except _UNANSWERED:
-                note(None)
-                raise
-            if said["ResponseMetadata"].get("RetryAttempts"):
-                note(None)  # by a client of the caller's
+            said = s3.create_multipart_upload(Bucket=self._name, Key=name, Metadata={WRITE: write})
             if not note(said["UploadId"]):
                 s3.abort_multipart_upload(Bucket=self._name, Key=name, UploadId=said["UploadId"])
             return said["UploadId"]
@@ -236,15 +259,17 @@ class Bucket(Objects):
 
         return await self._send(f"writing {name!r}", send)
 
-    async def parts(self, name: str, upload: str) -> list[Part] | None:
-        """The parts of an upload; None where it was completed or aborted."""
+    async def parts(self, name: str, upload: str) -> tuple[list[Part], int] | None:
+        """The parts of an upload, and their bytes; None where it was completed or aborted."""
         found: list[Part] = []
+        size = 0
         more: Any = {}
 
         def page(s3: S3Client) -> None:
-            nonlocal more
+            nonlocal more, size
             said = s3.list_parts(Bucket=self._name, Key=name, UploadId=upload, **more)
             found.extend(_part(part["PartNumber"], part) for part in said.get("Parts", ()))
+            size += sum(part["Size"] for part in said.get("Parts", ()))
             more = {"PartNumberMarker": said["NextPartNumberMarker"]} if said["IsTruncated"] else None
 
         while more is not None:
@@ -254,7 +279,7 @@ class Bucket(Objects):
                 if error.code == "NoSuchUpload":
                     return None
                 raise
-        return found
+        return found, size
 
     async def complete(self, name: str, upload: str, parts: Sequence[Part]) -> str:
         """Complete an upload over whatever has its name; the ETag that is told, be it true or not."""
@@ -320,7 +345,8 @@ def _once(what: str, request: Callable[[], object]) -> object:
         refused = Refused(f"{what}: {error}", 401)
     except _UNANSWERED:
         refused = Refused(what)
-    except BotoCoreError as error:
+    except (BotoCoreError, LookupError, ValueError) as error:
+        # Whatever is wrong with an option or an answer may hold a credential.
         refused = Refused(f"{what}: {type(error).__name__}", 400)
     # Raised here, so that nothing leads from it to the SDK's error, which holds the answer.
     raise refused

@@ -186,8 +186,8 @@ class Parts(Generic[T]):
         """Add bytes, and send the parts that are full."""
         self._data += data
         self.size += memoryview(data).nbytes
-        # No store takes more than some ten thousand parts: those of a large file are larger.
-        part = _PART << len(self.sent) // 1_000
+        # Some services want all parts of one size, none takes more than ten thousand: those beyond 60 GiB are larger.
+        part = _PART << max(0, len(self.sent) - 7_500) // 500
         if len(self._data) >= part:
             await self._cut(part, len(self._data) // part)
 

@@ -14,14 +14,16 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
+from staged import paths
 from staged.driver import Driver, Record
 from staged.drivers._cloud import MISSED, Limit, Refused, at_once, mapped
+from staged.errors import InvalidInput, InvalidPath
 from staged.model import Answer, Entry, Guarantee, Listed, Mode
 from staged.paths import RESERVED, join
 
-__all__ = ["ALWAYS", "WRITE", "Look", "ObjectDriver", "Objects", "alike", "guarantees", "honoured"]
+__all__ = ["ALWAYS", "WRITE", "Look", "ObjectDriver", "Objects", "alike", "guarantees", "honoured", "prefix_of"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -172,7 +174,8 @@ class ObjectDriver(Driver):
         left: set[str] = set()
 
         async def search(group: list[str]) -> None:
-            pages_left = 1 + len(group) // self._objects.limit.most if len(group) > 1 else 0
+            # One more, which tells that there are no more.
+            pages_left = 2 + len(group) // self._objects.limit.most if len(group) > 1 else 0
             left.update(group)
             async with aclosing(self._objects.pages(alike(group))) as pages:
                 while pages_left:
@@ -242,20 +245,41 @@ class ObjectDriver(Driver):
 
 async def honoured(objects: Objects, place: str) -> tuple[bool, bool]:
     """Whether conditions of writes, and those of deletions, are honoured; tried at a free name."""
-    first = await objects.put(place, b"1", replaces=None)
+    await objects.put(place, b"1", replaces=None)
     other = await objects.put(f"{place}-other", b"2", replaces=None)
+    # Read back: an answer that was lost is no sign of anything.
+    there = await objects.get(place)
     try:
-        taken = await objects.put(place, b"3", replaces=None), await objects.put(place, b"3", replaces=other)
+        for replaced in (None, other):
+            await objects.put(place, b"3", replaces=replaced)
+        writes = there is not None and await objects.get(place) == there
         try:
             await objects.delete({place: other})
         except Refused as error:
             if error.status not in (400, 501):
                 raise
-            return first is not None and taken == (None, None), False
-        there = await objects.look(place)
-        return first is not None and taken == (None, None), there is not None
+            return writes, False
+        return writes, await objects.get(place) is not None
     finally:
         await objects.delete({place: None, f"{place}-other": None})
+
+
+def prefix_of(written: str) -> str:
+    """The prefix of a URL, with or without a slash at its end; no message shows it, since it may hold a credential.
+
+    Raises:
+        InvalidInput: It is none that a target can have.
+    """
+    prefix = written.removesuffix("/")
+    try:
+        paths.parse_prefix(prefix)
+    except InvalidPath:
+        prefix = "?"
+    if "?" in prefix:
+        raise InvalidInput(
+            "The URL's path is not one that a store takes: parts that every file system takes, and no query."
+        )
+    return prefix
 
 
 def alike(names: Sequence[str]) -> str:
@@ -263,15 +287,22 @@ def alike(names: Sequence[str]) -> str:
     return os.path.commonprefix(names)  # noqa: RUF071
 
 
-def guarantees(*, conditions: bool, removal: bool) -> dict[Mode, frozenset[Guarantee]]:
+def guarantees(
+    *, conditions: bool, removal: Literal["nothing", "equal", "anything"]
+) -> dict[Mode, frozenset[Guarantee]]:
     """What an object store promises for each mode.
 
     Args:
         conditions: It honours those on which commits rest.
-        removal: A removal that comes late finds its condition not met.
+        removal: What a removal that comes late can take: "nothing"; "equal" bytes, where identities are of bytes; or
+            "anything" of that name, where the condition of a removal is not honoured.
     """
     promised = {mode: ALWAYS if conditions else ALWAYS - {"serialised", "fenced"} for mode in Mode}
-    if not removal:
-        for mode in (Mode.OVERWRITE_PARTITIONS, Mode.FULL_DROP):
-            promised[mode] -= {"fenced"}
+    broken: dict[str, frozenset[Guarantee]] = {
+        "nothing": frozenset(),
+        "equal": frozenset(("fenced",)),
+        "anything": frozenset(("serialised", "fenced")),
+    }
+    for mode in (Mode.OVERWRITE_PARTITIONS, Mode.FULL_DROP):
+        promised[mode] -= broken[removal]
     return promised

@@ -16,8 +16,8 @@ __all__ = ["TIMEOUT", "Client", "Threads"]
 
 T = TypeVar("T")
 
-TIMEOUT = 15
-"""Seconds without an answer after which a request counts as lost: less than what the core allows for a single one."""
+TIMEOUT = 8
+"""Seconds without an answer after which a request counts as lost: it is sent again within the time that the core allows."""
 
 
 class Client(Protocol):

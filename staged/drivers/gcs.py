@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from staged import paths
 from staged.driver import LogHandle
 from staged.drivers._cloud import Parts, mapped
 from staged.drivers._gcs import GcsBucket, Session
-from staged.drivers._objects import ObjectDriver, guarantees
-from staged.errors import InvalidInput, InvalidPath, StagingError, Unsupported
+from staged.drivers._objects import ObjectDriver, guarantees, prefix_of
+from staged.errors import InvalidInput, StagingError, Unsupported
 from staged.model import Answer, Capabilities, Entry
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ class GcsDriver(ObjectDriver):
             raise InvalidInput("A URL of Google Cloud Storage is gs://bucket/prefix.")
         if client is not None and (credential is not None or api_endpoint is not None):
             raise InvalidInput("A client has a credential and an endpoint of its own; pass either.")
-        name, prefix = found[1], (found[2] or "").strip("/")
-        try:
-            paths.parse_prefix(prefix)
-        except InvalidPath as error:
-            raise InvalidInput(f"The URL's path is not one that a store takes: {error}") from None
+        name, prefix = found[1], prefix_of(found[2] or "")
         super().__init__(GcsBucket(name, client, credential, api_endpoint, limit), f"gs://{name}", prefix, period)
         self._rate = rate
         self._written: dict[str, float] = {}
@@ -90,7 +85,7 @@ class GcsDriver(ObjectDriver):
             swaps_trees=False,
             nests=False,
             period=self._period,
-            guarantees=guarantees(conditions=conditions, removal=removal),
+            guarantees=guarantees(conditions=conditions, removal="nothing" if removal else "anything"),
         )
 
     # ------------------------------------------------------------------------------------------------ the control area

@@ -12,7 +12,7 @@ the ETag; what is sent late can take only what has the very bytes that were to b
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from secrets import token_hex
@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from staged import paths
 from staged.driver import LogHandle
 from staged.drivers._bucket import Bucket, Part
 from staged.drivers._cloud import Parts, Refused, mapped
-from staged.drivers._objects import ObjectDriver, alike, guarantees
-from staged.errors import InvalidInput, InvalidPath, StagingError, Unsupported
+from staged.drivers._objects import ObjectDriver, alike, guarantees, prefix_of
+from staged.drivers._threads import TIMEOUT
+from staged.errors import InvalidInput, StagingError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Listed
 from staged.paths import join
 
@@ -37,6 +37,8 @@ __all__ = ["S3Driver"]
 
 _NAMED = 16
 """Parts of a file up to which its record names them; those of larger ones are asked for again."""
+_ENDED = 20
+"""Transactions that ended of which it is remembered what is gone."""
 _URL = re.compile(r"s3a?://([a-z0-9.-]+)(?:/(.*))?", re.DOTALL)
 
 
@@ -46,20 +48,17 @@ class _Uploads:
 
     Attributes:
         ended: They were discarded: whatever is begun late is aborted.
-        lost: There may be one of which nobody knows the id.
-        told: The ETag that was told when an upload was completed.
+        told: The ETag that was told when one was completed, be it true or not.
+        gone: Those that were seen to be completed, or aborted.
     """
 
     begun: dict[str, str] = field(default_factory=dict)
     ended: bool = False
-    lost: bool = False
     told: dict[str, str] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
 
-    def note(self, path: str, upload: str | None) -> bool:
-        """A request answered that it began an upload, or did not answer; False where it is no longer wanted."""
-        if upload is None:
-            self.lost = True
-            return True
+    def note(self, path: str, upload: str) -> bool:
+        """A request answered that it began an upload; False where it is no longer wanted."""
         self.begun[upload] = path
         return not self.ended
 
@@ -94,17 +93,15 @@ class S3Driver(ObjectDriver):
             raise InvalidInput("A URL of S3 is s3://bucket/prefix.")
         if client is not None and (session is not None or endpoint_url is not None):
             raise InvalidInput("A client has a session and an endpoint of its own; pass either.")
-        name, prefix = found[1], (found[2] or "").strip("/")
-        try:
-            paths.parse_prefix(prefix)
-        except InvalidPath as error:
-            raise InvalidInput(f"The URL's path is not one that a store takes: {error}") from None
+        name, prefix = found[1], prefix_of(found[2] or "")
+        if name.endswith("--x-s3"):
+            raise Unsupported("Directory buckets list uploads in a way of their own; they are not supported.")
         super().__init__(Bucket(name, client, session, endpoint_url, limit), f"s3://{name}", prefix, period)
         self._transactions: dict[str, _Uploads] = {}
 
     async def probe(self) -> Capabilities:
         with mapped():
-            if not await self._objects.exists():
+            if not await self._objects.exists(self._key("")):
                 raise Unsupported(f"There is no bucket for {self.url}; create it first.")
             await self._objects.probe(self._key(f"probe/{token_hex(12)}"))
         return Capabilities(
@@ -113,7 +110,10 @@ class S3Driver(ObjectDriver):
             nests=False,
             strict_overlap=True,
             period=self._period,
-            guarantees=guarantees(conditions=self._objects.honours_writes, removal=False),
+            guarantees=guarantees(
+                conditions=self._objects.honours_writes,
+                removal="equal" if self._objects.honours_deletions else "anything",
+            ),
         )
 
     # ----------------------------------------------------------------------------------------------------------- staging
@@ -131,13 +131,18 @@ class S3Driver(ObjectDriver):
         names = [join(self._path, entry.path) for entry in entries]
         pages_left = 1 + len(names) // self._objects.limit.most
         with mapped():
-            async with aclosing(self._objects.uploads(alike(names))) as pages:
-                while left and pages_left and (page := await anext(pages, None)) is not None:
-                    for _, upload in page:
-                        left.pop(upload, None)
-                    pages_left -= 1
-            # A listing may lag behind, or be long.
-            gone = [entry for entry in left.values() if not await self._is_staged(tx, entry)]
+            try:
+                async with aclosing(self._objects.uploads(alike(names))) as pages:
+                    while left and pages_left and (page := await anext(pages, None)) is not None:
+                        for _, upload in page:
+                            left.pop(upload, None)
+                        pages_left -= 1
+            except Refused as error:
+                if error.passing:
+                    raise
+            # A listing may lag behind, be long, or not be allowed.
+            staged = await self._at_once(left.values(), lambda entry: self._is_staged(tx, entry))
+        gone = [entry for entry, there in zip(left.values(), staged, strict=True) if not there]
         if gone:
             raise StagingError(f"{gone[0].path!r} is no longer staged: its upload was aborted or completed.")
 
@@ -148,24 +153,16 @@ class S3Driver(ObjectDriver):
             uploads.ended = True
             doomed |= uploads.begun
         if uploads is not None:
-            # What was completed is no longer there to be aborted.
-            doomed = {upload: path for upload, path in doomed.items() if upload not in uploads.told}
+            doomed = {upload: path for upload, path in doomed.items() if upload not in uploads.gone}
         with mapped():
-            await self._abort((join(self._path, path), upload) for upload, path in doomed.items())
-            if whole and (uploads is None or uploads.lost):
-                await self._search(tx)
-        if whole:
-            self._transactions.pop(tx, None)
-
-    async def _search(self, tx: str) -> None:
-        """Abort what nobody knows the id of: uploads whose very name carries the transaction's."""
-        start = join(self._path, "")
-        async with aclosing(self._objects.uploads(start)) as pages:
-            found = [one async for page in pages for one in page if tx in one[0]]
-        await self._abort(found)
-
-    async def _abort(self, uploads: Iterable[tuple[str, str]]) -> None:
-        await self._at_once(list(uploads), lambda upload: self._objects.abort(*upload))
+            await self._at_once(
+                doomed.items(), lambda upload: self._objects.abort(join(self._path, upload[1]), upload[0])
+            )
+        if uploads is not None:
+            uploads.gone.update(doomed)
+        # What ended is discarded again and again: that it is gone is remembered for a while.
+        for old in [one for one, known in self._transactions.items() if known.ended][:-_ENDED]:
+            del self._transactions[old]
 
     # -------------------------------------------------------------------------------------------------------- the target
 
@@ -186,40 +183,52 @@ class S3Driver(ObjectDriver):
             free = [name for name in names if answers.get(name) is None]
             said = await super().publish(tx, [names[name] for name in free], replaces)
             answers.update(zip(free, said, strict=True))
-            done = [name for name, answer in answers.items() if answer is Answer.DONE]
+            # That a completion answered 200 proves nothing.
+            done = {name for name, answer in answers.items() if answer is Answer.DONE}
             there = await self._find(done)
             doubtful = [
                 name
                 for name in done
-                if name not in there or there[name].identity != uploads.told[_upload_of(names[name].handle)]
+                if name not in there or there[name].identity != uploads.told.get(_upload_of(names[name].handle))
             ]
             await self._at_once(doubtful, tell)
-        for name in doubtful:
-            answers[name] = Answer.DONE if answers[name] is Answer.ALREADY else answers[name]
-        for name, answer in answers.items():
-            if answer is None:
-                raise Refused(f"completing {name!r}: it was said to be done, and was not", 500)
-            if answer in (Answer.DONE, Answer.ALREADY):
-                uploads.told.setdefault(_upload_of(names[name].handle), "")
-        return [answers[name] or Answer.LOST for name in names]
+            for name in doubtful:
+                if answers[name] is None:
+                    raise Refused(f"completing {name!r}: it was said to be done, and was not", 500)
+        uploads.gone.update(
+            _upload_of(names[name].handle)
+            for name, answer in answers.items()
+            if answer in (Answer.DONE, Answer.ALREADY)
+        )
+        ours = {name for name in done if answers[name] is Answer.ALREADY}
+        return [Answer.DONE if name in ours else answers[name] or Answer.LOST for name in names]
 
     async def _show(self, tx: str, entry: Entry, name: str, replaced: str | None) -> None:
-        upload = _upload_of(entry.handle)
-        parts = _parts_of(entry.handle) or await self._objects.parts(name, upload)
-        if parts is None:
+        upload, parts = _upload_of(entry.handle), _parts_of(entry.handle)
+        told = self._transactions.setdefault(tx, _Uploads()).told
+        try:
+            if parts:
+                told[upload] = await self._objects.complete(name, upload, parts)
+                return
+        except Refused as error:
+            # A part that arrived twice may have another ETag than the one that was told.
+            if error.code != "InvalidPart":
+                raise
+        there = await self._objects.parts(name, upload)
+        if there is None or there[1] != entry.size:
             raise Refused(f"completing {name!r}", 404, "NoSuchUpload")
-        told = await self._objects.complete(name, upload, parts)
-        self._transactions[tx].told[upload] = told
+        told[upload] = await self._objects.complete(name, upload, there[0])
 
     async def _is_staged(self, tx: str, entry: Entry) -> bool:
-        return await self._objects.parts(join(self._path, entry.path), _upload_of(entry.handle)) is not None
+        there = await self._objects.parts(join(self._path, entry.path), _upload_of(entry.handle))
+        return there is not None and there[1] == entry.size
 
     async def remove(self, entries: Sequence[Listed]) -> Sequence[Answer]:
         unanswered = self._objects.unanswered
         answers = await super().remove(entries)
         if self._objects.unanswered != unanswered:
             # Such a request may still be under way, and must not meet what is written to these names next.
-            await anyio.sleep(min(15.0, self._period / 2))
+            await anyio.sleep(min(2.0 * TIMEOUT, self._period / 2))
         return answers
 
 
