@@ -13,7 +13,7 @@ import time
 from bench import Bench, on_another_device
 
 # Each is a module of that name, loaded on use: not every part needs what another compares with.
-PARTS = ("overhead", "moves", "tables", "lakes")
+PARTS = ("overhead", "moves", "tables", "lakes", "objects")
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
