@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Protocol, Self
 
 from bench import Bench, Run
@@ -41,20 +42,22 @@ class Opponent:
     needs: tuple[str, ...] = ()
     largest: float = float("inf")
 
-    def python(self) -> str | None:
-        """The interpreter that has what it needs, or None where that cannot be installed."""
-        if not self.needs:
-            return sys.executable
-        home = os.path.join(ENVIRONMENTS, self.program)
-        python, mark = os.path.join(home, "bin", "python"), os.path.join(home, "installed")
-        if not os.path.exists(mark):
-            make = [sys.executable, "-m", "venv", "--clear", home]
-            install = [python, "-m", "pip", "install", "--quiet", *self.needs]
-            if any(subprocess.run(command, check=False).returncode for command in (make, install)):
-                return None
-            with open(mark, "w", encoding="utf-8"):
-                pass
-        return python
+
+@cache
+def python_of(opponent: Opponent) -> str | None:
+    """The interpreter that has what it needs, or None where that cannot be installed."""
+    if not opponent.needs:
+        return sys.executable
+    home = os.path.join(ENVIRONMENTS, opponent.program)
+    python, mark = os.path.join(home, "bin", "python"), os.path.join(home, "installed")
+    if not os.path.exists(mark):
+        make = [sys.executable, "-m", "venv", "--clear", home]
+        install = [python, "-m", "pip", "install", "--quiet", *opponent.needs]
+        if any(subprocess.run(command, check=False).returncode for command in (make, install)):
+            return None
+        with open(mark, "w", encoding="utf-8"):
+            pass
+    return python
 
 
 OURS = {mode: Opponent("with_staged", mode) for mode in ("append", "full_drop")}
@@ -175,7 +178,7 @@ def play(
     store: Store, opponent: Opponent, files: int, size: int, *, tasks: int = 16, delay: float = 0.0, throttle: int = 0
 ) -> Mapping[str, float]:
     """Let a program do its work in a fresh place; the seconds of the whole, and of its parts."""
-    python = opponent.python()
+    python = python_of(opponent)
     assert python is not None
     place = store.place()
     try:
@@ -200,10 +203,10 @@ def those(bench: Bench, opponents: Mapping[str, Opponent], size: int) -> dict[st
     for name, opponent in opponents.items():
         if size > opponent.largest:
             continue
-        if opponent.python() is None:
-            bench.note(f"Cannot be installed here, so missing: {', '.join(opponent.needs)}.")
-        else:
+        if python_of(opponent) is not None:
             there[name] = opponent
+        elif (missing := f"Missing, since it could not be installed: {', '.join(opponent.needs)}.") not in bench.notes:
+            bench.note(missing)
     return there
 
 
@@ -276,7 +279,10 @@ def overwrite(bench: Bench, store: Store, files: int, rounds: int) -> None:
 
 
 def requests(bench: Bench, store: Store, files: int) -> None:
-    """By operation, for many files and for few; the difference is what files cost, and the rest is what a transaction does."""
+    """By operation, for many files and for few: the difference is what files cost, and the rest what a transaction does.
+
+    The store is opened as well, with its probe of what the server honours.
+    """
 
     def run(files: int) -> Run:
         def counted() -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""awswrangler: a dataset overwritten by a table cut into so many files; of the numbers alone they have the size asked for."""
+"""awswrangler: a dataset overwritten by a table cut into so many files, whose numbers are of the size asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""s3fs: files of one transaction, written in threads; what they hold below its block size is sent when the transaction ends."""
+"""s3fs: uploads of one transaction, written in threads; it completes them one after another when the transaction ends."""
 
 from __future__ import annotations
 
