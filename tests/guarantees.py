@@ -5,24 +5,30 @@ To add a store, add its driver to `STORES`.
 
 from __future__ import annotations
 
+import atexit
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import get_args
+from typing import Any, get_args
 
 import anyio
 from dfs import DfsServer
+from gcs import GcsServer
+from google.auth.credentials import AnonymousCredentials
+from s3 import S3Proxy, S3Server
 
 from staged import open_store
 from staged.driver import Driver
 from staged.drivers.adls import AdlsDriver
+from staged.drivers.gcs import GcsDriver
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
 from staged.drivers.onelake import OneLakeDriver
 from staged.drivers.open_mirroring import OpenMirroringDriver
+from staged.drivers.s3 import S3Driver
 from staged.model import Guarantee, Mode
 
 README = Path(__file__).parent.parent / "README.md"
@@ -67,6 +73,33 @@ def open_mirroring(path: str) -> Driver:
     return OpenMirroringDriver(f"{zone}/t{path.rpartition('/')[2]}", keys=["id"], credential="sig=1")
 
 
+@cache
+def s3_server(kind: str, *, drops: tuple[str, ...] = ()) -> tuple[S3Server, str]:
+    """A server of S3, and its endpoint, or that of a proxy which drops headers."""
+    server = S3Server(kind).__enter__()
+    atexit.register(server.__exit__, None, None, None)
+    return server, S3Proxy(server.url, drops=drops).__enter__().url if drops else server.url
+
+
+def s3(path: str, *, kind: str = "ministack", drops: tuple[str, ...] = ()) -> Driver:
+    server, url = s3_server(kind, drops=drops)
+    return S3Driver(f"s3://{server.bucket()}/t", client=server.client(url))
+
+
+@cache
+def gcs_server(*, conditions: bool) -> GcsServer:
+    """A server of Cloud Storage's JSON API; it ends with the program."""
+    return GcsServer(conditions=conditions).__enter__()
+
+
+def gcs(path: str, *, conditions: bool = True) -> Driver:
+    server = gcs_server(conditions=conditions)
+    if "sales" not in server.store.buckets:
+        server.call(lambda: server.store.create_bucket("sales"))
+    credential: Any = AnonymousCredentials()
+    return GcsDriver(f"gs://sales{path}", credential=credential, api_endpoint=server.url, rate=0.0)
+
+
 STORES: dict[str, Callable[[str], Driver]] = {
     "local directory": lambda path: Local(path, swaps=True),
     "local directory, file by file": lambda path: Local(path, swaps=False),
@@ -75,6 +108,10 @@ STORES: dict[str, Callable[[str], Driver]] = {
     "OneLake, a directory": onelake,
     "OneLake, were it to ignore conditions": lambda path: onelake(path, conditions=False),
     "Open Mirroring, a table": open_mirroring,
+    "S3": s3,
+    "S3, where deletions take no ETag": lambda path: s3(path, kind="moto"),
+    "S3, where conditions are ignored": lambda path: s3(path, drops=("If-Match", "If-None-Match")),
+    "Google Cloud Storage": gcs,
     "memory, for tests": lambda path: MemoryDriver(storage=MemoryStorage()),
 }
 
