@@ -70,7 +70,7 @@ class Bucket(Objects):
         """Deletions of which it is not known whether they are still under way."""
 
     def _make_client(self) -> S3Client:
-        import boto3
+        from boto3.session import Session
 
         config = Config(
             # A replay would start uploads that nobody knows of.
@@ -79,7 +79,7 @@ class Bucket(Objects):
             read_timeout=TIMEOUT,
             max_pool_connections=self.limit.most + 4,
         )
-        session = self._session or boto3.session.Session()
+        session = self._session or Session()
         return session.client("s3", endpoint_url=self._endpoint_url, config=config)
 
     async def aclose(self) -> None:
