@@ -23,6 +23,7 @@ from staged import CommitBlocked, InvalidInput, Unsupported, open_store
 from staged.driver import Driver
 from staged.drivers.gcs import GcsDriver
 from staged.model import Mode
+from staged.states import new_id
 from staged.testing.conformance import DriverConformance
 from staged.testing.exploration import Work
 from staged.testing.harness import Files, Harness, Step
@@ -301,3 +302,24 @@ async def test_a_commit_is_one_request_a_file_and_copies_no_byte(server: GcsServ
     assert (few.pop("move"), more.pop("move")) == (20, 60)
     assert few == more, "whatever else a commit asks for does not depend on the number of files"
     figure("requests at commit on Cloud Storage", f"1 a file, and {more.total()} around them: {dict(more)}")
+
+
+@pytest.mark.anyio
+async def test_where_a_bucket_refuses_to_move_a_published_files_source_is_gone_at_once(server: GcsServer) -> None:
+    target = GcsHarness(server, refuses_move=400)
+    driver, tx = target.process(), new_id()
+
+    async def nowhere(handle: str) -> None:
+        pass
+
+    writer = await driver.stage(tx, "a", nowhere)
+    await writer.write(b"1")
+    entry = await writer.close()
+    await driver.seal(tx, [entry])
+    # Else a copy that comes late could bring the file back after somebody removed it.
+    server.plan = Plan("loses@delete:0")
+    assert await driver.publish(tx, [entry], {}) == ["done"]
+    assert await target.leftovers() == []
+    assert await driver.publish(tx, [entry], {}) == ["already"]
+    await target.delete("a")
+    assert await driver.publish(tx, [entry], {}) == ["lost"]
