@@ -12,7 +12,7 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
+from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, PartialCredentialsError
 from botocore.exceptions import ConnectionError as NotConnected
 from botocore.parsers import ResponseParserError
 
@@ -345,9 +345,12 @@ def _once(what: str, request: Callable[[], object]) -> object:
         refused = Refused(f"{what}: {error}", 401)
     except _UNANSWERED:
         refused = Refused(what)
-    except (BotoCoreError, LookupError, ValueError) as error:
+    except Refused:
+        raise
+    except Exception as error:
         # Whatever is wrong with an option or an answer may hold a credential.
-        refused = Refused(f"{what}: {type(error).__name__}", 400)
+        cut = type(error).__module__.startswith("urllib3")
+        refused = Refused(what) if cut else Refused(f"{what}: {type(error).__name__}", 400)
     # Raised here, so that nothing leads from it to the SDK's error, which holds the answer.
     raise refused
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import requests
 from google.api_core.exceptions import GoogleAPICallError
-from google.auth.exceptions import GoogleAuthError, TransportError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.cloud.exceptions import GoogleCloudError
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 
@@ -66,7 +66,11 @@ class GcsBucket(Objects):
 
         options = {"api_endpoint": self._api_endpoint} if self._api_endpoint else None
         # No request here is of a project.
-        return Client(project="staged", credentials=self._credentials, client_options=options)
+        client = Client(project="staged", credentials=self._credentials, client_options=options)
+        pool = requests.adapters.HTTPAdapter(pool_maxsize=self.limit.most + 4)
+        for scheme in ("https://", "http://"):
+            client._http.mount(scheme, pool)
+        return client
 
     async def _send(self, what: str, request: Callable[[GoogleBucket], T], *, urgent: bool = False) -> T:
         return await self._sdk.send(what, lambda client: request(client.bucket(self._name)), urgent=urgent)
@@ -111,19 +115,23 @@ class GcsBucket(Objects):
                 return None
             raise
 
-    async def write(self, name: str, body: bytes, write: str) -> None:
-        """Write an object of a name that nobody else writes."""
+    async def write(self, name: str, body: bytes, write: str) -> str:
+        """Write an object of a name that nobody else writes; its generation."""
         try:
-            await self._insert(name, body, write, 0)
+            return await self._insert(name, body, write, 0)
         except Refused as error:
             # By an earlier sending of the same.
             if error.status not in _MISSING or (there := await self.look(name)) is None or there.write != write:
                 raise
+            return there.identity
 
     async def _insert(self, name: str, body: bytes, write: str, generation: int, *, urgent: bool = False) -> str:
         def insert(bucket: GoogleBucket) -> str:
             blob = bucket.blob(name)
             blob.metadata = {WRITE: write} if write else None
+            if not write:
+                # A bucket that everybody may read is cached, and a record must not be.
+                blob.cache_control = "no-store"
             blob.upload_from_string(
                 body, content_type="application/octet-stream", if_generation_match=generation, **_ALONE
             )
@@ -189,30 +197,33 @@ class GcsBucket(Objects):
                 if error.status not in MISSED:
                     raise
                 refused = error
-            there = await self.look(name) if identity is not None else None
-            if there is not None and there.identity == identity:
+            there = await self.look(name)
+            if there is not None and identity in (None, there.identity):
                 raise refused  # for another reason, such as a hold
             return Answer.ALREADY if there is None else Answer.FOREIGN
 
         answers = await at_once(list(names), delete, self.limit.most)
         return dict(zip(names, answers, strict=True))
 
-    async def move(self, source: str, goal: str, replaces: str | None) -> None:
-        """Move an object onto that generation or onto nothing, in one step where the bucket can."""
+    async def move(self, source: str, generation: str, goal: str, replaces: str | None) -> None:
+        """Move what has this generation onto what has that one or onto nothing, in one step where the bucket can."""
+        conditions: dict[str, Any] = {
+            "if_generation_match": int(replaces or 0),
+            "if_source_generation_match": int(generation),
+            **_ALONE,
+        }
         if self.moves:
             try:
                 await self._send(
                     f"moving {source!r} to {goal!r}",
-                    lambda bucket: bucket.move_blob(
-                        bucket.blob(source), goal, if_generation_match=int(replaces or 0), **_ALONE
-                    ),
+                    lambda bucket: bucket.move_blob(bucket.blob(source), goal, **conditions),
                 )
                 return
             except Refused as error:
                 if error.status not in (400, 405, 501):
                     raise
-                self.moves = False
-        await self._send(f"copying {source!r} to {goal!r}", lambda bucket: _rewrite(bucket, source, goal, replaces))
+        await self._send(f"copying {source!r} to {goal!r}", lambda bucket: _rewrite(bucket, source, goal, conditions))
+        self.moves = False
         # The source is gone before anything else is done: a copy that comes late finds none.
         await self.delete({source: None})
 
@@ -235,16 +246,21 @@ class GcsBucket(Objects):
     async def continue_upload(self, session: Session, body: bytes, *, last: bool) -> None:
         """Send the next bytes of an upload; again after an answer that was lost, from where the service has come."""
         start, end = session.sent, session.sent + len(body)
+        size = end if last else None
         asked = False
 
         def send(bucket: GoogleBucket) -> None:
             nonlocal asked
-            have: int | None = start
-            if asked:
-                have = session.ask(bucket.client._http, None, end if last else None)
+            http = bucket.client._http
+            have = session.ask(http, None, size) if asked else start
             asked = True
             while have is not None and (have < end or last):
-                have = session.ask(bucket.client._http, (have, body[have - start :]), end if last else None)
+                if not start <= have <= end:
+                    raise Refused(f"writing {session.name!r}: the service has lost what was sent", 410)
+                came = session.ask(http, (have, body[have - start :]), size)
+                if came is not None and came <= have:
+                    raise Refused(f"writing {session.name!r}")  # nothing was kept
+                have = came
 
         await self._send(f"writing {session.name!r}", send)
         session.sent = end
@@ -285,13 +301,13 @@ class Session:
             raise Refused(f"writing {self.name!r}", answer.status_code, _reason(answer))
 
 
-def _rewrite(bucket: GoogleBucket, source: str, goal: str, replaces: str | None) -> None:
+def _rewrite(bucket: GoogleBucket, source: str, goal: str, conditions: dict[str, Any]) -> None:
     """Copy an object within the service, in as many calls as it takes."""
     there: Blob = bucket.blob(source)
     goal_blob: Blob = bucket.blob(goal)
     token: str | None = None
     while True:
-        token, _, _ = goal_blob.rewrite(there, token, if_generation_match=int(replaces or 0), **_ALONE)
+        token, _, _ = goal_blob.rewrite(there, token, **conditions)
         if token is None:
             return
 
@@ -307,8 +323,17 @@ def _once(what: str, request: Callable[[], object]) -> object:
         refused = Refused(what, error.response.status_code, _reason(error.response), _after(error.response.headers))
     except (requests.RequestException, TransportError, DataCorruption):
         refused = Refused(what)
-    except (GoogleAuthError, OSError) as error:
-        refused = Refused(f"{what}: {error if isinstance(error, GoogleAuthError) else type(error).__name__}", 401)
+    except DefaultCredentialsError as error:
+        refused = Refused(f"{what}: {error}", 401)
+    except GoogleAuthError as error:
+        # Its text may hold what a token was asked for with, or the token.
+        passing = error.retryable or isinstance(error.__cause__, TransportError)
+        refused = Refused(f"{what}: {type(error).__name__}", 0 if passing else 401)
+    except Refused:
+        raise
+    except Exception as error:
+        cut = type(error).__module__.startswith("urllib3")
+        refused = Refused(what) if cut else Refused(f"{what}: {type(error).__name__}", 400)
     # Raised here, so that nothing leads from it to the client's error, which holds the request with its credential.
     raise refused
 
@@ -317,7 +342,8 @@ def _refused(what: str, error: GoogleCloudError) -> Refused:
     response = error.response
     reason = str(error.errors[0].get("reason", "")) if error.errors and isinstance(error.errors[0], dict) else ""
     headers: Mapping[str, str] = response.headers if isinstance(response, requests.Response) else {}
-    return Refused(what, int(error.code or 0), reason, _after(headers))
+    status = 429 if reason in ("rateLimitExceeded", "userRateLimitExceeded") else int(error.code or 0)
+    return Refused(what, status, reason, _after(headers))
 
 
 def _after(headers: Mapping[str, str]) -> float | None:

@@ -206,9 +206,13 @@ class ObjectDriver(Driver):
                 refused = error
             # Whatever was answered, and to which of several sendings: what is there now is what counts.
             answer = await self._tell(tx, entry, name, replaced)
-            if answer is None:
+            if answer is not None:
+                return answer
+            if replaced is None:
                 raise refused
-            return answer
+            # Somebody removed what it was to replace: the name is free, or that was not the reason.
+            await self._show(tx, entry, name, None)
+            return Answer.DONE
 
         with mapped():
             return await self._at_once(entries, publish)

@@ -314,7 +314,11 @@ class AdlsDriver(Driver):
                 return Answer.LOST
             if there is not None and there.identity != replaced:
                 return Answer.FOREIGN
-            raise refused  # for another reason, such as a lease
+            if there is not None or replaced is None:
+                raise refused  # for another reason, such as a lease
+            # Somebody removed what it was to replace.
+            await self._lake.rename(source, entry.identity, goal, None, made)
+            return Answer.DONE
 
         with mapped():
             return await self._at_once(entries, publish)

@@ -24,6 +24,7 @@ from staged.drivers._gcs import GcsBucket, Session
 from staged.drivers._objects import ObjectDriver, guarantees, prefix_of
 from staged.errors import InvalidInput, StagingError, Unsupported
 from staged.model import Answer, Capabilities, Entry
+from staged.paths import join
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
@@ -34,6 +35,8 @@ __all__ = ["GcsDriver"]
 _URL = re.compile(r"gs://([a-z0-9._-]+)(?:/(.*))?", re.DOTALL)
 STAGING = "staging"
 """Where the transactions' staging lies in the control area."""
+_LONGEST = 1_024
+"""Bytes of a name."""
 _RATE = 1.0
 """Seconds between two writes of one name, the most often that the service takes."""
 
@@ -115,10 +118,13 @@ class GcsDriver(ObjectDriver):
     # ----------------------------------------------------------------------------------------------------------- staging
 
     def _staged(self, tx: str, handle: str = "") -> str:
-        return self._key(f"{STAGING}/{tx}/{handle}")
+        # A handle is the write, and the generation that it got.
+        return self._key(f"{STAGING}/{tx}/{handle.partition(' ')[0]}")
 
     async def stage(self, tx: str, path: str, log: LogHandle) -> _Writer:
         # What is staged is found by its place: nothing is to be logged.
+        if len(join(self._path, path).encode()) > _LONGEST:
+            raise InvalidInput(f"{path!r} is too long a name: with the target's, the service takes {_LONGEST} bytes.")
         write = token_hex(12)
         return _Writer(self._objects, path, self._staged(tx, write), write)
 
@@ -142,7 +148,7 @@ class GcsDriver(ObjectDriver):
     # -------------------------------------------------------------------------------------------------------- the target
 
     async def _show(self, tx: str, entry: Entry, name: str, replaced: str | None) -> None:
-        await self._objects.move(self._staged(tx, entry.handle), name, replaced)
+        await self._objects.move(self._staged(tx, entry.handle), entry.handle.partition(" ")[2], name, replaced)
 
     async def _tell(self, tx: str, entry: Entry, name: str, replaced: str | None) -> Answer | None:
         answer = await super()._tell(tx, entry, name, replaced)
@@ -152,7 +158,8 @@ class GcsDriver(ObjectDriver):
         return answer
 
     async def _is_staged(self, tx: str, entry: Entry) -> bool:
-        return await self._objects.look(self._staged(tx, entry.handle)) is not None
+        there = await self._objects.look(self._staged(tx, entry.handle))
+        return there is not None and there.identity == entry.handle.partition(" ")[2]
 
 
 class _Writer:
@@ -176,13 +183,17 @@ class _Writer:
     async def close(self) -> Entry:
         with mapped():
             if self._session is None:
-                await self._bucket.write(self._name, self._parts.rest(), self._write)
+                generation = await self._bucket.write(self._name, self._parts.rest(), self._write)
             else:
                 await self._bucket.continue_upload(self._session, self._parts.rest(), last=True)
-        return Entry(self._path, self._parts.size, self._write, self._write)
+                there = await self._bucket.look(self._name)
+                generation = there.identity if there is not None and there.write == self._write else "0"
+        return Entry(self._path, self._parts.size, self._write, f"{self._write} {generation}")
 
     async def abort(self) -> None:
         with mapped():
-            if self._session is not None:
-                await self._bucket.cancel_upload(self._session)
-            await self._bucket.delete({self._name: None})
+            try:
+                if self._session is not None:
+                    await self._bucket.cancel_upload(self._session)
+            finally:
+                await self._bucket.delete({self._name: None})

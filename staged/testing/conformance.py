@@ -362,6 +362,16 @@ class DriverConformance:
         assert await driver.publish(tx, [entry], now) == [Answer.ALREADY]
         assert await target.files() == {"a": b"new"}
 
+    async def test_publish_takes_the_name_of_a_file_that_was_to_be_replaced_and_is_gone(self, target: Harness) -> None:
+        driver, tx = await _probed(target), new_id()
+        await target.put("d/a", b"old")
+        old = {one.path: one.identity for one in await _list(driver)}
+        entry = await _stage(driver, tx, "d/a", b"new")
+        await driver.seal(tx, [entry])
+        await target.delete("d/a")
+        assert await driver.publish(tx, [entry], old) == [Answer.DONE]
+        assert await target.files() == {"d/a": b"new"}
+
     async def test_remove_takes_exactly_what_was_listed(self, target: Harness) -> None:
         driver = await _probed(target)
         for name in ("a", "d/b", "c"):
