@@ -240,7 +240,10 @@ def _declared(extra: str | None = None) -> set[str]:
 def test_every_third_party_that_is_imported_is_declared() -> None:
     assert _declared() == CORE
     brings = {"arrow": "arrow", "cli": "cli", "__main__": "cli", "demo": "demo"}
-    brings |= {f"drivers.{name}": "adls" for name in ("adls", "onelake", "open_mirroring", "_lake", "_azure", "_cloud")}
+    brings |= {
+        f"drivers.{name}": "adls"
+        for name in ("adls", "onelake", "open_mirroring", "_lake", "_azure", "_blobs", "_cloud")
+    }
     brings |= {f"drivers.{name}": "s3" for name in ("s3", "_bucket")}
     brings |= {f"drivers.{name}": "gcs" for name in ("gcs", "_gcs")}
     missing = []

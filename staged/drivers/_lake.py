@@ -5,25 +5,32 @@ Whatever is refused for good is `Refused`. Names are whole paths within the file
 
 from __future__ import annotations
 
-import io
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
-import anyio
-from anyio import to_thread
 from azure.core import MatchConditions
 from azure.storage.blob import BlobBlock
 from azure.storage.blob.aio import BlobServiceClient, ContainerClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient, FileSystemClient
 
-from staged.drivers._azure import Closable, Location, bare, client_options, default_credential, in_trio, of, once, plain
-from staged.drivers._cloud import Limit, Refused, unless_missing
-from staged.errors import StagedError, StorageError
+from staged.drivers._azure import Location, bare, client_options, default_credential, of, plain
+from staged.drivers._blobs import (
+    NOT_MET,
+    SMALL,
+    Requests,
+    block_id,
+    condition,
+    download,
+    put_together,
+    send_block,
+    upload,
+)
+from staged.drivers._cloud import Refused, unless_missing
+from staged.drivers._objects import WRITE
 from staged.model import Listed
 from staged.paths import join
 
@@ -32,20 +39,12 @@ if TYPE_CHECKING:
 
     from staged.drivers._azure import Credential
 
-__all__ = ["Lake", "block_id"]
+__all__ = ["Lake"]
 
-T = TypeVar("T")
-
-_CONDITIONS = frozenset(("ConditionNotMet", "BlobAlreadyExists", "PathAlreadyExists", "BlobNotFound"))
-"""Codes that say that a condition of a write was not met."""
-_SMALL = 1 << 20
-"""Bytes up to which a blob is written by one request."""
 _ORPHANED = 4
 """How often a rename is tried of which it is said that the goal has no parent."""
 _PAGE = 5_000
 """Names of one page of a listing, the most that the service gives."""
-_WRITE = "staged"
-"""The name of the metadata that says by which write a blob came to be."""
 
 
 class _Clients(NamedTuple):
@@ -55,7 +54,7 @@ class _Clients(NamedTuple):
     blobs: ContainerClient
 
 
-class Lake:
+class Lake(Requests[_Clients]):
     """Single requests to one file system, each as the SDK makes it; whatever is refused is `Refused`."""
 
     def __init__(
@@ -66,33 +65,8 @@ class Lake:
         limit: int,
         rename_options: Mapping[str, Any],
     ) -> None:
-        self.limit = Limit(limit)
-        self._rename_options = rename_options
-        self._location, self._credential, self._client = location, credential, client
-        self._opening = anyio.Lock()
-        self._opened: _Clients | None = None
-        self._closed = False
-        self._services: list[Closable] = []
-
-    async def _send(self, what: str, request: Callable[[_Clients], Awaitable[T]], *, urgent: bool = False) -> T:
-        try:
-            return await self._send_open(what, request, urgent)
-        except Exception as error:
-            if self._closed and not isinstance(error, StagedError):
-                # A client that was closed meanwhile raises whatever it happens to stumble over.
-                raise StorageError(f"{what}: the store was closed.") from None
-            raise
-
-    async def _send_open(self, what: str, request: Callable[[_Clients], Awaitable[T]], urgent: bool) -> T:
-        if self._closed:
-            raise StorageError(f"{what}: the store is closed.")
-        async with self._opening:
-            if self._opened is None:
-                # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
-                trio = in_trio()
-                self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
-        clients = self._opened
-        return await self.limit.send(lambda: once(what, lambda: request(clients)), urgent=urgent)
+        super().__init__(location, credential, limit)
+        self._rename_options, self._client = rename_options, client
 
     def _open(self, *, trio: bool) -> _Clients:
         names, sas = self._client, self._location.sas if self._client is None else None
@@ -110,13 +84,6 @@ class Lake:
         self._services.append(blobs)
         container = self._location.container
         return _Clients(names.get_file_system_client(container), blobs.get_container_client(container))
-
-    async def aclose(self) -> None:
-        self._closed = True
-        services, self._services, self._opened = self._services, [], None
-        async with AsyncExitStack() as closing:  # each, whatever becomes of another
-            for service in services:
-                closing.push_async_callback(service.close)
 
     async def is_hierarchical(self) -> bool:
         """Whether the account says that its namespace is hierarchical."""
@@ -144,12 +111,7 @@ class Lake:
 
     async def get(self, name: str) -> tuple[bytes, str] | None:
         """A blob whole, and its ETag."""
-
-        async def get(to: _Clients) -> tuple[bytes, str]:
-            stream = await to.blobs.download_blob(name, max_concurrency=1)
-            return await stream.readall(), bare(stream.properties.etag)
-
-        return await unless_missing(self._send(f"reading {name!r}", get, urgent=True))
+        return await unless_missing(self._send(f"reading {name!r}", lambda to: download(to.blobs, name), urgent=True))
 
     async def put(self, name: str, body: bytes, *, replaces: str | None) -> str | None:
         """Write a record in one step, its parents made, in place of that ETag or of none; its new ETag, or None where another
@@ -157,7 +119,7 @@ class Lake:
         try:
             return await self._put(name, body, "", replaces, urgent=True)
         except Refused as error:
-            if error.code in _CONDITIONS:
+            if error.code in NOT_MET:
                 return None
             raise
 
@@ -175,7 +137,7 @@ class Lake:
                 return await self._put_blocks(name, content, write, replaces)
             except Refused as error:
                 # Blocks that were put together by an earlier sending are no longer to be had.
-                if error.code not in (*_CONDITIONS, "InvalidBlockList"):
+                if error.code not in (*NOT_MET, "InvalidBlockList"):
                     raise
                 if (there := await self.head(name, write=write)) is not None:
                     return there.identity
@@ -185,42 +147,27 @@ class Lake:
                 replaces = there.identity if there is not None else None
 
     async def _put(self, name: str, body: bytes, write: str, replaces: str | None, *, urgent: bool = False) -> str:
-        if len(body) > _SMALL:
-            # The transport would hold the event loop up with so much in one piece.
+        if len(body) > SMALL:
             await self.stage_block(name, block := block_id(token_hex(12), 0), body)
             return await self._put_blocks(name, [block], write, replaces)
-
-        async def put(to: _Clients) -> str:
-            blob = to.blobs.get_blob_client(name)
-            done = await blob.upload_blob(
-                body, length=len(body), overwrite=True, metadata=_said(write), **_if(replaces)
-            )
-            return bare(str(done["etag"]))
-
-        return await self._send(f"writing {name!r}", put, urgent=urgent)
+        return await self._send(
+            f"writing {name!r}", lambda to: upload(to.blobs, name, body, write, replaces), urgent=urgent
+        )
 
     async def _put_blocks(self, name: str, blocks: Sequence[str], write: str, replaces: str | None) -> str:
-        async def put(to: _Clients) -> str:
-            blob = to.blobs.get_blob_client(name)
-            done = await blob.commit_block_list(list(map(BlobBlock, blocks)), metadata=_said(write), **_if(replaces))
-            return bare(str(done["etag"]))
-
-        return await self._send(f"writing {name!r}", put)
+        named = list(map(BlobBlock, blocks))
+        return await self._send(f"writing {name!r}", lambda to: put_together(to.blobs, name, named, write, replaces))
 
     async def stage_block(self, name: str, block: str, body: bytes) -> None:
         """Send a block that shows nowhere until it is put together with others."""
-
-        async def stage(to: _Clients) -> None:
-            await to.blobs.get_blob_client(name).stage_block(block, io.BytesIO(body), length=len(body))
-
-        await self._send(f"writing {name!r}", stage)
+        await self._send(f"writing {name!r}", lambda to: send_block(to.blobs, name, block, body))
 
     async def head(self, name: str, *, write: str | None = None) -> Listed | None:
         """A file or a directory by name; None where there is none, or none of that write."""
         found = await unless_missing(
             self._send(f"looking at {name!r}", lambda to: to.blobs.get_blob_client(name).get_blob_properties())
         )
-        if found is None or (write is not None and found.metadata.get(_WRITE) != write):
+        if found is None or (write is not None and found.metadata.get(WRITE) != write):
             return None
         return Listed(name, found.size, bare(found.etag), found.metadata.get("hdi_isfolder") == "true")
 
@@ -285,7 +232,7 @@ class Lake:
         conditions: dict[str, Any] = {
             "source_etag": f'"{identity}"',
             "source_match_condition": MatchConditions.IfNotModified,
-            **_if(replaces),
+            **condition(replaces),
             **self._rename_options,
         }
 
@@ -317,10 +264,10 @@ class Lake:
 
     async def delete(self, name: str, identity: str | None) -> bool:
         """Delete a file, or only what has this ETag; False where there is none."""
-        condition = {} if identity is None else _if(identity)
+        conditions = {} if identity is None else condition(identity)
 
         async def delete(to: _Clients) -> bool:
-            await to.names.get_file_client(name).delete_file(**condition)
+            await to.names.get_file_client(name).delete_file(**conditions)
             return True
 
         return await unless_missing(self._send(f"deleting {name!r}", delete)) is not None
@@ -332,19 +279,3 @@ class Lake:
             await to.names.get_directory_client(name).delete_directory()
 
         await unless_missing(self._send(f"deleting {name!r}", delete))
-
-
-def block_id(write: str, number: int) -> str:
-    """Of one length for all that is ever written to a name, as the service asks."""
-    return f"{write}{number:08d}"
-
-
-def _said(write: str) -> dict[str, str] | None:
-    return {_WRITE: write} if write else None
-
-
-def _if(etag: str | None) -> dict[str, Any]:
-    """The condition that something has this ETag, or is not there."""
-    if etag is None:
-        return {"match_condition": MatchConditions.IfMissing}
-    return {"etag": f'"{etag}"', "match_condition": MatchConditions.IfNotModified}

@@ -26,8 +26,9 @@ from azure.storage.filedatalake.aio import DataLakeServiceClient
 
 from staged.driver import Alive, Driver, LogHandle, Record, idle
 from staged.drivers._azure import Location
+from staged.drivers._blobs import block_id
 from staged.drivers._cloud import MISSED, Parts, Refused, at_once, mapped
-from staged.drivers._lake import Lake, block_id
+from staged.drivers._lake import Lake
 from staged.errors import Conflict, StagingError, StorageError, Unsupported
 from staged.model import Answer, Capabilities, Entry, Guarantee, Listed, Mode, Trees
 from staged.paths import RESERVED, join
