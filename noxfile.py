@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["tests"]
@@ -12,13 +15,27 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 
 def install(session: nox.Session, *groups: str) -> None:
     """The project and the dependency groups of pyproject.toml."""
-    session.install("-e", ".[adls,gcs,s3,demo,testing]", *nox.project.dependency_groups(PYPROJECT, *groups))
+    session.install("-e", ".[adls,blob,gcs,s3,demo,testing]", *nox.project.dependency_groups(PYPROJECT, *groups))
+
+
+def install_azurite(session: nox.Session) -> None:
+    """The server of Azure Blob Storage, where node and npm are there; without it its tests are skipped, and say so."""
+    if not (shutil.which("node") and shutil.which("npm")):
+        session.log("Without node and npm nothing is tested against Azurite.")
+        return
+    wanted, installed = (
+        Path("tests/azurite", name) for name in ("package-lock.json", "node_modules/.package-lock.json")
+    )
+    if not installed.exists() or installed.stat().st_mtime < wanted.stat().st_mtime:
+        arguments = ["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix", "tests/azurite"]
+        session.run("npm", *arguments, external=True)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """Everything that must hold, on the current interpreter, in a few minutes."""
     install(session, "test")
+    install_azurite(session)
     session.run("pytest", "--numprocesses=2", *session.posargs)
 
 

@@ -24,7 +24,7 @@ from .operations import Asked, asked, document, texts
 
 _HOP = {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect"}
 _NOT_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 _CUTS: tuple[Kind, ...] = ("cut", "late", "later")
 _REFUSALS: dict[Kind, tuple[int, str, str]] = {
     "slow_down": (503, "SlowDown", "Please reduce your request rate."),
@@ -75,7 +75,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class _Request:
+class Request:
     method: str
     target: str
     headers: CIMultiDict[str]
@@ -85,7 +85,7 @@ class _Request:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
+class Answer:
     status: int
     reason: str
     headers: CIMultiDict[str]
@@ -94,6 +94,8 @@ class _Answer:
 
 class S3Proxy:
     """A proxy before an endpoint in path style; a context manager, of no use once it has ended.
+
+    A subclass before another service says what a request asks for, and how that service refuses.
 
     Args:
         upstream: The endpoint.
@@ -110,6 +112,9 @@ class S3Proxy:
         before: Called with each request's number before it is passed on, in the proxy's thread.
     """
 
+    streamed: Collection[str] = ("GetObject",)
+    """Operations whose answers are passed on as they come."""
+
     def __init__(
         self, upstream: str, *, plan: Plan | str = "", delay: float = 0, throttle: int = 0, drops: Collection[str] = ()
     ) -> None:
@@ -123,7 +128,7 @@ class S3Proxy:
         self.url = ""
         self._upstream = upstream
         self._number = 0
-        self._late: list[tuple[int | None, _Request]] = []
+        self._late: list[tuple[int | None, Request]] = []
         self._timers: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
         self._broken: Exception | None = None
@@ -149,7 +154,7 @@ class S3Proxy:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and str(self.plan):
-            error.add_note(f'It happened under: S3Proxy(plan="{self.plan}")')
+            error.add_note(f'It happened under: {type(self).__name__}(plan="{self.plan}")')
         self._loop.call_soon_threadsafe(self._end.set)
         self._thread.join()
         if error is None and self._broken is not None:
@@ -199,7 +204,7 @@ class S3Proxy:
             raise
 
     async def _handled(self, raw: web.BaseRequest) -> web.StreamResponse:
-        request = await _parsed(raw)
+        request = await self._parsed(raw)
         for name in self.drops:
             request.headers.popall(name, None)
         self.traffic["up"] += len(request.body or b"")
@@ -222,7 +227,7 @@ class S3Proxy:
         self._note(request, answer.status if answer is not None else 0, str(fault))
         return await self._answered(raw, answer) if answer is not None else _cut(raw)
 
-    async def _passed(self, raw: web.BaseRequest, request: _Request) -> web.StreamResponse:
+    async def _passed(self, raw: web.BaseRequest, request: Request) -> web.StreamResponse:
         """The server's answer to a request that nothing befalls; both bodies are passed on as they come."""
         data = _streamed(raw, self.traffic) if request.body is None else request.body or None
         try:
@@ -233,9 +238,9 @@ class S3Proxy:
             self._note(request, 0, "")
             raise
         async with response:
-            headers = _kept(response.headers)
-            if request.asked.operation != "GetObject":
-                answer = _Answer(response.status, response.reason or "", headers, await response.read())
+            headers = kept(response.headers)
+            if request.asked.operation not in self.streamed:
+                answer = Answer(response.status, response.reason or "", headers, await response.read())
                 self._note(request, response.status, "")
                 return await self._answered(raw, answer, head=request.method == "HEAD")
             self._note(request, response.status, "")
@@ -247,7 +252,7 @@ class S3Proxy:
             await streamed.write_eof()
             return streamed
 
-    async def _answered(self, raw: web.BaseRequest, answer: _Answer, head: bool = False) -> web.StreamResponse:
+    async def _answered(self, raw: web.BaseRequest, answer: Answer, head: bool = False) -> web.StreamResponse:
         self.traffic["down"] += len(answer.body)
         if not head:
             answer.headers.popall("Content-Length", None)
@@ -260,7 +265,7 @@ class S3Proxy:
         await response.write_eof()
         return response
 
-    async def _befallen(self, fault: Fault, number: int, request: _Request) -> _Answer | None:
+    async def _befallen(self, fault: Fault, number: int, request: Request) -> Answer | None:
         """The answer to a request under a fault; None cuts the connection."""
         kind = fault.kind
         if kind == "late":
@@ -281,12 +286,12 @@ class S3Proxy:
             answer = await self._sent(request)
         if kind not in _REFUSALS:
             return None if kind == "lost" else answer
-        refusal = _refused(kind, request)
+        refusal = self._refused(kind, request)
         if kind == "slow_down" and fault.amount:
             refusal.headers["Retry-After"] = str(fault.amount)
         return refusal
 
-    async def _sent(self, request: _Request) -> _Answer:
+    async def _sent(self, request: Request) -> Answer:
         async with self._session.request(
             request.method,
             self._at(request.target),
@@ -294,9 +299,9 @@ class S3Proxy:
             data=request.body or None,
             allow_redirects=False,
         ) as response:
-            return _Answer(response.status, response.reason or "", _kept(response.headers), await response.read())
+            return Answer(response.status, response.reason or "", kept(response.headers), await response.read())
 
-    async def _vanished(self, request: _Request) -> _Answer:
+    async def _vanished(self, request: Request) -> Answer:
         """The answer to the completion of an upload that is aborted instead; what the server refuses it refuses."""
         assert request.asked.operation == "CompleteMultipartUpload" and request.body is not None
         aborted = await self._sent(replace(request, method="DELETE", headers=CIMultiDict(), body=b""))
@@ -305,14 +310,14 @@ class S3Proxy:
         tags = [tag.strip('"') for tag in texts(request.body, "ETag")]
         tag = f"{hashlib.md5(b''.join(map(bytes.fromhex, tags))).hexdigest()}-{len(tags)}"
         bucket, key = request.asked.bucket, request.asked.key
-        return _document(
+        return document_answer(
             200,
             f'<CompleteMultipartUploadResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
             f"<Location>{escape(f'{self._upstream}/{bucket}/{quote(key)}')}</Location><Bucket>{escape(bucket)}</Bucket>"
             f"<Key>{escape(key)}</Key><ETag>&quot;{tag}&quot;</ETag></CompleteMultipartUploadResult>",
         )
 
-    async def _denied(self, request: _Request, keys: Collection[str]) -> _Answer:
+    async def _denied(self, request: Request, keys: Collection[str]) -> Answer:
         """The answer to a DeleteObjects that leaves some keys alone."""
         assert request.asked.operation == "DeleteObjects" and request.body is not None
         wanted = document(request.body)
@@ -330,16 +335,16 @@ class S3Proxy:
                 error = ElementTree.SubElement(result, "Error")
                 for name, text in ("Key", key), ("Code", "AccessDenied"), ("Message", "Access Denied"):
                     ElementTree.SubElement(error, name).text = text
-        return _document(200, ElementTree.tostring(result, encoding="unicode"))
+        return document_answer(200, ElementTree.tostring(result, encoding="unicode"))
 
-    async def _arrive_after(self, seconds: float, request: _Request) -> None:
+    async def _arrive_after(self, seconds: float, request: Request) -> None:
         await asyncio.sleep(seconds)
         await self._arrive(None, request)
 
-    async def _arrive(self, number: int | None, only: _Request | None = None) -> None:
+    async def _arrive(self, number: int | None, only: Request | None = None) -> None:
         """Let arrive what is due by that number, or a request that is late, or all of them."""
 
-        def due(at: int | None, request: _Request) -> bool:
+        def due(at: int | None, request: Request) -> bool:
             if only is not None:
                 return request is only
             return number is None or (at is not None and at <= number)
@@ -350,10 +355,16 @@ class S3Proxy:
             with suppress(ClientError, ConnectionError):  # the server has gone
                 self._note(request, (await self._sent(request)).status, "arrived")
 
+    async def _parsed(self, raw: web.BaseRequest) -> Request:
+        return await _parsed(raw)
+
+    def _refused(self, kind: Kind, request: Request) -> Answer:
+        return _refused(kind, request)
+
     def _at(self, target: str) -> URL:
         return URL(self._upstream + target, encoded=True)
 
-    def _note(self, request: _Request, status: int, fault: str) -> None:
+    def _note(self, request: Request, status: int, fault: str) -> None:
         what, headers = request.asked, request.headers
         record = Record(
             operation=what.operation,
@@ -373,16 +384,16 @@ class S3Proxy:
         self.log.append(record)
 
 
-async def _parsed(raw: web.BaseRequest) -> _Request:
+async def _parsed(raw: web.BaseRequest) -> Request:
     # As it was sent: a path that is unquoted and quoted anew is another key.
-    target, headers = raw.raw_path, _kept(raw.headers)
+    target, headers = raw.raw_path, kept(raw.headers)
     what = asked(raw.method, target, {name.lower(): value for name, value in headers.items()})
     keys: tuple[str, ...] = (what.key,) if what.key else ()
-    small = (raw.content_length or 0) <= _CHUNK and "Transfer-Encoding" not in raw.headers
+    small = (raw.content_length or 0) <= CHUNK and "Transfer-Encoding" not in raw.headers
     body = await raw.content.read() if small or what.operation == "DeleteObjects" else None
     if what.operation == "DeleteObjects":
         keys = tuple(texts(body or b"", "Key"))
-    return _Request(raw.method, target, headers, what, keys, body)
+    return Request(raw.method, target, headers, what, keys, body)
 
 
 async def _streamed(raw: web.BaseRequest, traffic: Counter[str]) -> AsyncIterator[bytes]:
@@ -391,7 +402,7 @@ async def _streamed(raw: web.BaseRequest, traffic: Counter[str]) -> AsyncIterato
         yield chunk
 
 
-def _instead(request: _Request, body: bytes) -> _Request:
+def _instead(request: Request, body: bytes) -> Request:
     """A request with another body, and what states of the body what it is."""
     stale = ("content-", "x-amz-checksum-", "x-amz-sdk-checksum-")
     kept = [(name, value) for name, value in request.headers.items() if not name.lower().startswith(stale)]
@@ -399,20 +410,20 @@ def _instead(request: _Request, body: bytes) -> _Request:
     return replace(request, headers=CIMultiDict([*kept, ("Content-MD5", digest)]), body=body)
 
 
-def _kept(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def kept(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The headers that are not about the connection."""
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _HOP)
 
 
-def _document(status: int, xml: str) -> _Answer:
+def document_answer(status: int, xml: str) -> Answer:
     headers = CIMultiDict({"Content-Type": "application/xml", "x-amz-request-id": "FAULT"})
-    return _Answer(status, "", headers, f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode())
+    return Answer(status, "", headers, f'<?xml version="1.0" encoding="UTF-8"?>\n{xml}'.encode())
 
 
-def _refused(kind: Kind, request: _Request) -> _Answer:
+def _refused(kind: Kind, request: Request) -> Answer:
     status, code, message = _REFUSALS[kind]
     key = escape(request.asked.key)
-    answer = _document(
+    answer = document_answer(
         status,
         f"<Error><Code>{code}</Code><Message>{message}</Message><Key>{key}</Key><RequestId>FAULT</RequestId></Error>",
     )
