@@ -166,6 +166,7 @@ class Capabilities:
         folds: Names that differ only in case or Unicode form are one name.
         nests: A file's name cannot be a directory's at the same time, as in a file system.
         strict_overlap: Every mode conflicts with what was committed since it began (S3, Azure Blob).
+        keeps_staged: What is staged outlives what a stranger writes to its name; where it does not (Azure Blob), it is LOST.
         period: Seconds after which a holder whose head did not change is taken for dead, where `fence` is not `lock`.
         guarantees: What a mode promises to concurrent readers and writers.
     """
@@ -178,6 +179,7 @@ class Capabilities:
     folds: bool = False
     nests: bool = True
     strict_overlap: bool = False
+    keeps_staged: bool = True
     period: float = 30.0
     guarantees: Mapping[Mode, frozenset[Guarantee]] = field(default_factory=dict)
 

@@ -57,10 +57,16 @@ _DRIVERS = (
         "adls",
     ),
     (r"abfss?://|https://[a-z0-9-]+\.dfs\.", "staged.drivers.adls", "AdlsDriver", "adls"),
+    (
+        r"wasbs?://|https://[a-z0-9-]+(\.z\d+)?\.blob\.|https?://[^/]+/devstoreaccount1/",
+        "staged.drivers.azure_blob",
+        "AzureBlobDriver",
+        "blob",
+    ),
     (r"s3a?://", "staged.drivers.s3", "S3Driver", "s3"),
     (r"gs://", "staged.drivers.gcs", "GcsDriver", "gcs"),
 )
-_SCHEMES = "file, memory, abfss, https, s3, gs"
+_SCHEMES = "file, memory, abfss, wasbs, https, s3, gs"
 
 
 def open_store(
@@ -101,7 +107,7 @@ def _driver_of(scheme: str, rest: str) -> tuple[Callable[..., Driver], str]:
         if re.match(pattern, url):
             driver = load_driver(module, name, extra)
             return driver, rest if scheme in ("", "file", "memory") else f"{scheme}://{rest}"
-    which = " of that host" if scheme in ("abfs", "abfss", "https") else ""
+    which = " of that host" if scheme in ("abfs", "abfss", "http", "https") else ""
     raise Unsupported(f"There is no driver for {scheme}:// URLs{which}; there are drivers for {_SCHEMES}.")
 
 

@@ -244,6 +244,7 @@ def test_every_third_party_that_is_imported_is_declared() -> None:
         f"drivers.{name}": "adls"
         for name in ("adls", "onelake", "open_mirroring", "_lake", "_azure", "_blobs", "_cloud")
     }
+    brings |= {f"drivers.{name}": "blob" for name in ("azure_blob", "_container", "_blobs", "_azure")}
     brings |= {f"drivers.{name}": "s3" for name in ("s3", "_bucket")}
     brings |= {f"drivers.{name}": "gcs" for name in ("gcs", "_gcs")}
     missing = []

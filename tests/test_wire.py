@@ -11,16 +11,19 @@ from functools import partial
 from typing import Any
 
 import anyio
+import azurite
 import dfs
 import dfs.faults
 import gcs
 import pytest
 import s3
 import s3.faults
+from azurite import AzuriteServer, BlobProxy
 from dfs import DfsServer
 from gcs import GcsServer
 from s3 import S3Proxy, S3Server
 from test_adls import AdlsHarness
+from test_azure_blob import BlobHarness
 from test_gcs import GcsHarness
 from test_s3 import S3Harness
 
@@ -59,7 +62,7 @@ class Wire:
     harness: Callable[[], Harness]
 
 
-@pytest.fixture(params=["adls", "onelake", "s3", "gcs"], scope="module")
+@pytest.fixture(params=["adls", "onelake", "s3", "gcs", "azure_blob"], scope="module")
 def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     store: str = request.param
     if store == "s3":
@@ -70,6 +73,12 @@ def wire(request: pytest.FixtureRequest) -> Iterator[Wire]:
     elif store == "gcs":
         with GcsServer() as service:
             yield Wire(store, service, gcs.Plan, dfs.faults.FAULTS, lambda: GcsHarness(service))
+    elif store == "azure_blob":
+        if why := azurite.missing():
+            pytest.skip(why)
+        with AzuriteServer() as azure, BlobProxy(azure.url) as blobs:
+            container = azure.container()
+            yield Wire(store, blobs, s3.Plan, s3.faults.ANYWHERE, lambda: BlobHarness(container, url=blobs.url))
     else:
         with DfsServer(onelake=store == "onelake") as lake:
             yield Wire(store, lake, dfs.Plan, dfs.faults.FAULTS, lambda: AdlsHarness(lake))

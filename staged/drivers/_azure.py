@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 _TIMEOUT = 15
 """Seconds without an answer after which a request counts as lost: less than what the core allows for a single one."""
+_NUMBERS = re.compile(r"[\d.]+|[\da-f:]*:[\da-f:.]*")
+"""A host that is an address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,27 +49,45 @@ class Location:
         Raises:
             InvalidInput: It is neither. No message shows the URL, which may hold a credential.
         """
+        return cls._parse(url, "abfs", "dfs")
+
+    @classmethod
+    def parse_blob(cls, url: str) -> Location:
+        """Read `wasbs://container@account/path` or `https://account/container/path`.
+
+        At an address that is no name of an account the account is the first part of the path.
+
+        Raises:
+            InvalidInput: It is neither. No message shows the URL, which may hold a credential.
+        """
+        return cls._parse(url, "wasb", "blob")
+
+    @classmethod
+    def _parse(cls, url: str, kind: str, service: str) -> Location:
         try:
             parts = urlsplit(url)
             host = parts.hostname or ""
-            host += f":{parts.port}" if parts.port else ""
+            at = host + (f":{parts.port}" if parts.port else "")
         except ValueError:
             raise InvalidInput("That is no URL of an Azure store.") from None
         path = unquote(parts.path).strip("/")
-        if parts.scheme in ("abfs", "abfss"):
+        if parts.scheme in (kind, f"{kind}s"):
             container, scheme = unquote(parts.username or ""), "https"
         else:
+            if service == "blob" and (_NUMBERS.fullmatch(host) or "." not in host):
+                account, _, path = path.partition("/")
+                at += f"/{account}"
             (container, _, path), scheme = path.partition("/"), parts.scheme
         if scheme not in ("https", "http") or not host or not container or parts.password or parts.fragment:
             raise InvalidInput(
-                "A URL of an Azure store is abfss://container@account.dfs.core.windows.net/path, or "
-                "https://account.dfs.core.windows.net/container/path."
+                f"A URL of an Azure store is {kind}s://container@account.{service}.core.windows.net/path, or "
+                f"https://account.{service}.core.windows.net/container/path."
             )
         try:
             paths.parse_prefix(path)
         except InvalidPath as error:
             raise InvalidInput(f"The URL's path is not one that a store takes: {error}") from None
-        return cls(f"{scheme}://{host}", container, path, parts.query or None)
+        return cls(f"{scheme}://{at}", container, path, parts.query or None)
 
 
 def client_options(credential: Credential | None, sas: str | None, *, trio: bool) -> dict[str, Any]:
