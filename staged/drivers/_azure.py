@@ -67,7 +67,7 @@ class Location:
         try:
             parts = urlsplit(url)
             host = parts.hostname or ""
-            at = host + (f":{parts.port}" if parts.port else "")
+            at = (f"[{host}]" if ":" in host else host) + (f":{parts.port}" if parts.port else "")
         except ValueError:
             raise InvalidInput("That is no URL of an Azure store.") from None
         path = unquote(parts.path).strip("/")
