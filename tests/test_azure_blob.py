@@ -19,6 +19,8 @@ from azurite import ACCOUNT, KEY, AzuriteServer, BlobProxy, missing
 
 from staged import CommitBlocked, Conflict, InvalidInput, StagedError, StagingError, Unsupported, open_store
 from staged.driver import Driver
+from staged.drivers._cloud import Refused
+from staged.drivers._container import Container
 from staged.drivers.azure_blob import AzureBlobDriver
 from staged.model import Answer, Entry, Mode
 from staged.states import new_id
@@ -237,6 +239,21 @@ async def test_what_cannot_hold_a_target_is_refused_before_anything_is_written(
 
 
 @pytest.mark.anyio
+async def test_who_may_not_ask_what_the_account_is_may_still_write(
+    server: AzuriteServer, monkeypatch: pytest.MonkeyPatch, logged: io.StringIO
+) -> None:
+    async def denied(self: Container) -> bool:
+        raise Refused("looking at the account", 403, "AuthorizationPermissionMismatch")
+
+    monkeypatch.setattr(Container, "is_hierarchical", denied)
+    container = server.container()
+    async with open_store(f"{container.url}/lake", credential=KEY) as store:
+        await Work(Mode.APPEND, (("a", b"1"),))(store)
+    assert container.download_blob("lake/a").readall() == b"1"
+    assert "may not be asked" in logged.getvalue()
+
+
+@pytest.mark.anyio
 async def test_a_clients_owner_keeps_it_and_children_share_it(server: AzuriteServer, anyio_backend: str) -> None:
     if anyio_backend == "trio":
         from azure.core.pipeline.transport import TrioRequestsTransport as Transport
@@ -404,6 +421,24 @@ async def test_a_name_of_which_a_stranger_sends_blocks_of_another_kind_cannot_be
             await Work(Mode.APPEND, (("a", b"1"),))(store)
         await Work(Mode.APPEND, (("b", b"1"),))(store)
     assert await harness.files() == {"b": b"1"}
+
+
+@pytest.mark.anyio
+async def test_what_a_stranger_changed_without_writing_it_is_not_replaced(harness: BlobHarness) -> None:
+    """Metadata are changed without discarding what is staged: then the ETag alone tells."""
+    driver, tx = harness.process(), new_id()
+    await harness.put("a", b"old")
+    old = {one.path: one.identity async for page in driver.list() for one in page}
+    entry = await _staged(driver, tx, "a", b"new")
+    await driver.seal(tx, [entry])
+    await to_thread.run_sync(
+        lambda: harness.container.get_blob_client(f"{harness.path}/a").set_blob_metadata({"theirs": "1"})
+    )
+    assert await driver.publish(tx, [entry], old) == [Answer.FOREIGN]
+    assert await harness.files() == {"a": b"old"}
+    now = {one.path: one.identity async for page in driver.list() for one in page}
+    assert await driver.publish(tx, [entry], now) == [Answer.DONE]
+    assert await harness.files() == {"a": b"new"}
 
 
 @pytest.mark.anyio

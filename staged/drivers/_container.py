@@ -176,6 +176,8 @@ class Container(Requests[ContainerClient], Objects):
             await self._send(f"deleting {name!r}", delete)
             return Answer.DONE
         except Refused as error:
+            if error.status == 404:
+                return Answer.ALREADY
             if error.status not in MISSED:
                 raise
             refused = error

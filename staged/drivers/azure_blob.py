@@ -128,7 +128,9 @@ class AzureBlobDriver(ObjectDriver):
             staged = await self._at_once(asked, lambda entry: self._is_staged(tx, entry))
         gone += [entry for entry, is_staged in zip(asked, staged, strict=True) if not is_staged]
         if gone:
-            raise StagingError(f"{gone[0].path!r} is no longer staged: something else was written to its name.")
+            raise StagingError(
+                f"{gone[0].path!r} is no longer staged: its blocks are gone, as when something else is written to that name."
+            )
         self._check_age(entries)
         if entries:
             self._sealed[tx] = self._objects.now
