@@ -69,15 +69,15 @@ class StagedFile:
             raise WrongState(f"{self._path!r} is not open.")
         if not isinstance(data, (bytes, bytearray, memoryview)):
             raise InvalidInput(f"{self._path!r} takes bytes, not {type(data).__name__}.")
-        async with self._turn:
-            self._staging._check_staging()
-            self._check_whole()
-            try:
+        try:
+            async with self._turn:
+                self._staging._check_staging()
+                self._check_whole()
                 with self._staging._errors(self._path):
                     await self._writer.write(data)
-            except BaseException:
-                self._broken = True
-                raise
+        except BaseException:
+            self._broken = True
+            raise
         return memoryview(data).nbytes
 
     def _check_whole(self) -> None:

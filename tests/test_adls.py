@@ -29,6 +29,8 @@ class AdlsHarness(Harness):
         guids: Open it by the GUIDs of the workspace and the item; listings tell names all the same.
     """
 
+    resolution = 1.0
+
     def __init__(
         self, server: DfsServer, path: str = "lake/target", *, period: float = 0.5, guids: bool = False
     ) -> None:

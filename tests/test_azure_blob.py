@@ -42,6 +42,8 @@ class BlobHarness(Harness):
         signature: A shared access signature in place of the account's key.
     """
 
+    resolution = 1.0
+
     def __init__(
         self,
         container: ContainerClient,

@@ -47,6 +47,8 @@ class GcsHarness(Harness):
         rate: Seconds between two writes of one record.
     """
 
+    resolution = 1.0
+
     def __init__(
         self,
         server: GcsServer,

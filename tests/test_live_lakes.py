@@ -29,6 +29,8 @@ class LiveHarness(Harness):
         url: With a SAS, or the environment's credential is used.
     """
 
+    resolution = 1.0
+
     def __init__(self, url: str) -> None:
         place = Location.parse(url)
         self._place, self._root = place, f"{place.path}/{token_hex(8)}".lstrip("/")

@@ -59,6 +59,8 @@ class S3Harness(Harness):
         lossy: Answers may be lost: an upload that was begun, and of which nobody was told, has no parts and stays.
     """
 
+    resolution = 1.0
+
     def __init__(
         self,
         client: S3Client,

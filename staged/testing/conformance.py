@@ -176,13 +176,12 @@ class DriverConformance:
         driver = await _probed(target)
         assert await driver.age("head") is None
         token = await driver.cas("head", b"1", None, durable=False)
-        await anyio.sleep(0.05)
+        await anyio.sleep(0.05 + 2 * target.resolution)
         before = await driver.age("head")
         await driver.cas("head", b"2", token, durable=False)
         after = await driver.age("head")
         assert before is not None and after is not None
-        assert 0 <= after < 3600 and 0 <= before < 3600
-        assert after <= before
+        assert 0 <= after < before < 3600
 
     async def test_a_lock_has_one_holder_and_death_drops_it(self, target: Harness) -> None:
         first, second = await _probed(target), await _probed(target)
@@ -381,8 +380,9 @@ class DriverConformance:
         entry = await _stage(driver, tx, "d/a", b"new")
         await driver.seal(tx, [entry])
         await target.delete("d/a")
-        assert await driver.publish(tx, [entry], old) == [Answer.DONE]
-        assert await target.files() == {"d/a": b"new"}
+        kept = (await driver.probe()).keeps_staged
+        assert await driver.publish(tx, [entry], old) == [Answer.DONE if kept else Answer.LOST]
+        assert await target.files() == ({"d/a": b"new"} if kept else {})
 
     async def test_remove_takes_exactly_what_was_listed(self, target: Harness) -> None:
         driver = await _probed(target)

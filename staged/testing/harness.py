@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from typing import ClassVar
 
 from staged.driver import Driver
 
@@ -16,7 +17,13 @@ Step = Callable[[str], Awaitable[None]]
 
 
 class Harness(ABC):
-    """One target that nobody has written yet, with the storage that it lies in."""
+    """One target that nobody has written yet, with the storage that it lies in.
+
+    Attributes:
+        resolution: Seconds by which the store's clock may be wrong, such as 1 where it is the date of HTTP's answers.
+    """
+
+    resolution: ClassVar[float] = 0.0
 
     @abstractmethod
     def process(self, step: Step | None = None) -> Driver:
