@@ -61,6 +61,12 @@ def driver_of(store: str, url: str) -> Driver:
 
         endpoint = os.environ["STAGED_ENDPOINT"]
         return GcsDriver(url, credential=AnonymousCredentials(), api_endpoint=endpoint, period=PERIOD, rate=0.0)
+    if store == "azure_blob":
+        from azurite import KEY
+
+        from staged.drivers.azure_blob import AzureBlobDriver
+
+        return AzureBlobDriver(url, credential=KEY, period=PERIOD)
     from staged.drivers.adls import AdlsDriver
 
     return AdlsDriver(url, credential="sv=1&sig=CANARY", period=PERIOD)

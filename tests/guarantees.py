@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import anyio
+from azurite import KEY, AzuriteServer
 from dfs import DfsServer
 from gcs import GcsServer
 from google.auth.credentials import AnonymousCredentials
@@ -23,6 +24,7 @@ from s3 import S3Proxy, S3Server
 from staged import open_store
 from staged.driver import Driver
 from staged.drivers.adls import AdlsDriver
+from staged.drivers.azure_blob import AzureBlobDriver
 from staged.drivers.gcs import GcsDriver
 from staged.drivers.local import LocalDriver
 from staged.drivers.memory import MemoryDriver, MemoryStorage
@@ -100,6 +102,18 @@ def gcs(path: str, *, conditions: bool = True) -> Driver:
     return GcsDriver(f"gs://sales{path}", credential=credential, api_endpoint=server.url, rate=0.0)
 
 
+@cache
+def azurite_server() -> AzuriteServer:
+    """Azurite; it ends with the program."""
+    server = AzuriteServer().__enter__()
+    atexit.register(server.__exit__, None, None, None)
+    return server
+
+
+def azure_blob(path: str) -> Driver:
+    return AzureBlobDriver(f"{azurite_server().container().url}/t", credential=KEY)
+
+
 STORES: dict[str, Callable[[str], Driver]] = {
     "local directory": lambda path: Local(path, swaps=True),
     "local directory, file by file": lambda path: Local(path, swaps=False),
@@ -112,6 +126,7 @@ STORES: dict[str, Callable[[str], Driver]] = {
     "S3, where deletions take no ETag": lambda path: s3(path, kind="moto"),
     "S3, where conditions are ignored": lambda path: s3(path, drops=("If-Match", "If-None-Match")),
     "Google Cloud Storage": gcs,
+    "Azure Blob Storage": azure_blob,
     "memory, for tests": lambda path: MemoryDriver(storage=MemoryStorage()),
 }
 

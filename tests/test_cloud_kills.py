@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import azurite
 import pytest
+from azurite import AzuriteServer
 from cloud_kills import CHANGES, NEXT, NEXT_CHANGES, PRIOR, WORKS
 from dfs import DfsServer
 from gcs import GcsServer
 from mirror import LOAD, Mirror
 from s3 import S3Server
 from test_adls import AdlsHarness
+from test_azure_blob import BlobHarness
 from test_gcs import GcsHarness
 from test_s3 import S3Harness
 
@@ -63,12 +66,17 @@ def served(store: str) -> Iterator[tuple[Callable[[], Any], str]]:
     elif store == "gcs":
         with GcsServer() as service:
             yield partial(GcsHarness, service), service.url
+    elif store == "azure_blob":
+        if why := azurite.missing():
+            pytest.skip(why)
+        with AzuriteServer() as blobs:
+            yield partial(BlobHarness, blobs.container()), ""
     else:
         with DfsServer(onelake=store == "onelake") as lake:
             yield partial(AdlsHarness, lake), ""
 
 
-@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs"])
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs", "azure_blob"])
 def test_processes_killed_stopped_and_overtaken_leave_old_or_new_and_lose_or_double_nothing(
     store: str, figure: Callable[[str, str], None]
 ) -> None:
@@ -149,7 +157,7 @@ def test_processes_stopped_and_overtaken_over_a_landing_zone_lose_and_double_no_
 WRITERS, COMMITS = 4, 6
 
 
-@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs"])
+@pytest.mark.parametrize("store", ["adls", "onelake", "s3", "gcs", "azure_blob"])
 def test_processes_that_race_for_one_target_commit_one_after_another_and_none_is_lost(
     store: str, figure: Callable[[str, str], None]
 ) -> None:
