@@ -337,7 +337,7 @@ async def _decide(held: Held, record: TxRecord, work: Work, manifest: Manifest, 
         # Named by the attempt too: a loss of power may take back an epoch, and leave its segments behind, half-written.
         attempt = held.head.nonce[:8]
         afresh = record.mode is Mode.FULL_DROP
-        arranged = await driver.arrange(record.id, tuple(work.entries), ledger.meta, afresh=afresh)
+        arranged = await driver.arrange(record.id, tuple(work.entries), ledger.meta, held.renew, afresh=afresh)
         if arranged is not None:
             work = replace(work, entries=arranged.entries)
             manifest = await write_manifest(driver, record.id, arranged.entries, f"{epoch}-{attempt}")
@@ -623,7 +623,7 @@ async def _complete(held: Held, decided: _Decided, resolve: Resolve | None) -> R
             left = await _swap_trees(held, decided, header.trees, resolve)
         if header.trees is None or (target.store.clears and not left):
             left, lost = await _publish(held, decided.plan, resolve)
-            if lost and resolve == "keep":
+            if lost:
                 foreign = len(decided.plan.remove)  # what was to take its place is gone: it is not removed for nothing
             else:
                 foreign = await _remove(held, decided.plan.remove, resolve)
@@ -762,7 +762,12 @@ def _blocked(held: Held, paths: Sequence[str], *, lost: bool) -> CommitBlocked:
         how = "Put back what is gone" if lost else "Take that away"
         how += ", and run recover(): nothing can be left out here, and nothing replaced."
     else:
-        how = 'Run recover(resolve="keep") to leave that in place, or recover(resolve="replace").'
+        how = 'Run recover(resolve="keep") to '
+        how += (
+            "go on without them; nothing is removed then."
+            if lost
+            else 'leave that in place, or recover(resolve="replace").'
+        )
     return CommitBlocked(
         f"Transaction {tx} is decided, but {what}: {', '.join(map(repr, paths[:5]))}{' …' if len(paths) > 5 else ''}. "
         f"Nothing of it was overwritten. {how}",

@@ -157,7 +157,7 @@ class Driver(ABC):
         """Discard these staged things; with `whole` all else of the transaction's staging too. What is gone is fine."""
 
     async def arrange(
-        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], alive: Alive = idle, *, afresh: bool
     ) -> Arranged | None:
         """Name and order what is to be published, where that is the store's own business; None where it is the caller's.
 
@@ -166,6 +166,7 @@ class Driver(ABC):
         Args:
             entries: What was staged, in the order in which it was.
             meta: What earlier commits remember.
+            alive: To be awaited often where it takes long, so that nobody takes its process for dead.
             afresh: Nothing of what is in the target now will stay.
 
         Raises:

@@ -6,7 +6,7 @@ Whatever is refused for good is `Refused`. Identities are ETags, of which the se
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from email.utils import parsedate_to_datetime
 from secrets import token_hex
 from time import monotonic
@@ -86,8 +86,9 @@ class Container(Requests[ContainerClient], Objects):
         return said + monotonic() - at
 
     def _hear(self, answer: Any) -> None:
-        said = parsedate_to_datetime(answer.http_response.headers["Date"]).timestamp()
-        self._heard = said, monotonic()
+        # What stands between may answer without a date, or with none that is one.
+        with suppress(KeyError, ValueError):
+            self._heard = parsedate_to_datetime(answer.http_response.headers["Date"]).timestamp(), monotonic()
 
     async def is_hierarchical(self) -> bool:
         """Whether the account says that its namespace is hierarchical."""
@@ -197,16 +198,19 @@ class Container(Requests[ContainerClient], Objects):
     async def blocks(self, name: str) -> dict[str, int]:
         """The blocks of a name that are not committed, and their sizes."""
 
-        def ask(blobs: ContainerClient) -> Any:
-            return blobs.get_blob_client(name).get_block_list("uncommitted", raw_response_hook=self._hear)
-
         try:
-            found = await unless_missing(self._send(f"looking at the blocks of {name!r}", ask))
+            found = await unless_missing(
+                self._send(f"looking at the blocks of {name!r}", lambda blobs: self._ask(blobs, name))
+            )
         except Refused as error:
             if error.code != "InvalidBlobType":  # of which there are no blocks
                 raise
             found = None
-        return {} if found is None else {block.id: block.size for block in found[1]}
+        return found or {}
+
+    async def _ask(self, blobs: ContainerClient, name: str) -> dict[str, int]:
+        found = await blobs.get_blob_client(name).get_block_list("uncommitted", raw_response_hook=self._hear)
+        return {block.id: block.size for block in found[1]}
 
     async def commit(self, name: str, blocks: Sequence[str], write: str, *, replaces: str | None) -> str:
         """Make a blob of blocks that are not committed, in place of that ETag or of none, and known by its write; its new ETag.
@@ -225,6 +229,17 @@ class Container(Requests[ContainerClient], Objects):
             if error.code == "InvalidBlockList":
                 raise Refused(str(error.args[0]), 404, error.code) from None
             raise
+
+    async def commit_empty(self, name: str, blocks: Sequence[str], write: str, *, replaces: str | None) -> str:
+        """Make an empty blob while these blocks, which are not put into it, are there; else as `commit`."""
+
+        async def complete(blobs: ContainerClient) -> str:
+            # Looked at anew each time that it is sent.
+            if not (await self._ask(blobs, name)).keys() >= set(blocks):
+                raise Refused(f"completing {name!r}", 404, "InvalidBlockList")
+            return await put_together(blobs, name, [], write, replaces)
+
+        return await self._send(f"completing {name!r}", complete)
 
     async def begun(self, prefix: str) -> AsyncGenerator[list[str], None]:
         """The names beginning so that have blocks, and were never committed."""

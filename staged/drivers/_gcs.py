@@ -15,6 +15,7 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.cloud.exceptions import GoogleCloudError
 from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+from requests.adapters import HTTPAdapter
 
 from staged.driver import Record
 from staged.drivers._cloud import MISSED, Limit, Refused, at_once, unless_missing
@@ -67,7 +68,7 @@ class GcsBucket(Objects):
         options = {"api_endpoint": self._api_endpoint} if self._api_endpoint else None
         # No request here is of a project.
         client = Client(project="staged", credentials=self._credentials, client_options=options)
-        pool = requests.adapters.HTTPAdapter(pool_maxsize=self.limit.most + 4)
+        pool = HTTPAdapter(pool_maxsize=self.limit.most + 4)
         for scheme in ("https://", "http://"):
             client._http.mount(scheme, pool)
         return client
@@ -92,7 +93,7 @@ class GcsBucket(Objects):
     async def probe(self, place: str) -> None:
         """Try whether conditions are honoured, at a free name, where the service is not Google's own."""
         client = self._sdk.client
-        if not self._probed and client is not None and client._connection.API_BASE_URL != _GOOGLES:
+        if not self._probed and client is not None and _base(client) != _GOOGLES:
             self.honours = await honoured(self, place)
         self._probed = True
 
@@ -143,14 +144,15 @@ class GcsBucket(Objects):
         def look(bucket: GoogleBucket) -> Look:
             # The client does not tell the time of an answer, which is the service's clock.
             client = bucket.client
-            url = f"{client._connection.API_BASE_URL}/storage/v1/b/{quote(self._name)}/o/{quote(name, safe='')}"
+            url = f"{_base(client)}/storage/v1/b/{quote(self._name)}/o/{quote(name, safe='')}"
             answer = client._http.get(url, timeout=TIMEOUT)
             if answer.status_code != 200:
                 raise Refused(f"looking at {name!r}", answer.status_code, _reason(answer))
             blob = bucket.blob(name)
             blob._set_properties(answer.json())
-            age = (parsedate_to_datetime(answer.headers["Date"]) - blob.updated).total_seconds()
-            return Look(str(blob.generation), blob.size or 0, (blob.metadata or {}).get(WRITE), max(0.0, age))
+            now = parsedate_to_datetime(answer.headers["Date"])
+            age = max(0.0, (now - (blob.updated or now)).total_seconds())
+            return Look(str(blob.generation), blob.size or 0, (blob.metadata or {}).get(WRITE), age)
 
         return await unless_missing(self._send(f"looking at {name!r}", look))
 
@@ -236,10 +238,8 @@ class GcsBucket(Objects):
         def begin(bucket: GoogleBucket) -> str:
             blob = bucket.blob(name)
             blob.metadata = {WRITE: write}
-            address: str = blob.create_resumable_upload_session(
-                "application/octet-stream", if_generation_match=0, checksum=None, **_ALONE
-            )
-            return address
+            how: Any = {"if_generation_match": 0, "checksum": None, **_ALONE}
+            return str(blob.create_resumable_upload_session("application/octet-stream", **how))
 
         return Session(self, name, await self._send(f"writing {name!r}", begin))
 
@@ -299,6 +299,10 @@ class Session:
         answer = http.delete(self._address, timeout=TIMEOUT)
         if answer.status_code not in (204, 404, 410, 499):
             raise Refused(f"writing {self.name!r}", answer.status_code, _reason(answer))
+
+
+def _base(client: GoogleClient) -> str:
+    return str(getattr(client._connection, "API_BASE_URL", ""))
 
 
 def _rewrite(bucket: GoogleBucket, source: str, goal: str, conditions: dict[str, Any]) -> None:

@@ -196,33 +196,35 @@ class ObjectDriver(Driver):
 
     async def publish(self, tx: str, entries: Sequence[Entry], replaces: Mapping[str, str]) -> Sequence[Answer]:
         async def publish(entry: Entry) -> Answer:
-            name, replaced = join(self._path, entry.path), replaces.get(entry.path)
-            try:
-                await self._show(tx, entry, name, replaced)
-                return Answer.DONE
-            except Refused as error:
-                if error.status not in MISSED:
-                    raise
-                refused = error
-            # Whatever was answered, and to which of several sendings: what is there now is what counts.
-            answer = await self._tell(tx, entry, name, replaced)
-            if answer is not None:
-                return answer
-            if replaced is None:
-                raise refused
-            # Somebody removed what it was to replace: the name is free, or that was not the reason.
-            await self._show(tx, entry, name, None)
-            return Answer.DONE
+            name = join(self._path, entry.path)
+            replaced = replaces.get(entry.path)
+            while True:
+                try:
+                    await self._show(tx, entry, name, replaced)
+                    return Answer.DONE
+                except Refused as error:
+                    if error.status not in MISSED:
+                        raise
+                    # Whatever was answered, and to which of several sendings: what is there now is what counts.
+                    answer = await self._tell(tx, entry, name, replaced)
+                    if answer is not None:
+                        return answer
+                    if replaced is None or await self._objects.look(name) is not None:
+                        raise  # for another reason, such as a lease
+                # Somebody removed what it was to replace: the name is free.
+                replaced = None
 
         with mapped():
             return await self._at_once(entries, publish)
 
     async def _tell(self, tx: str, entry: Entry, name: str, replaced: str | None) -> Answer | None:
         """What became of an entry; None where nothing is in its way."""
+        # In this order: whoever publishes it meanwhile consumes what is staged.
+        staged = await self._is_staged(tx, entry)
         there = await self._objects.look(name)
         if there is not None and there.write == entry.identity:
             return Answer.ALREADY
-        if not await self._is_staged(tx, entry):
+        if not staged:
             return Answer.LOST
         return Answer.FOREIGN if there is not None and there.identity != replaced else None
 

@@ -7,8 +7,10 @@ Blocks that are not committed belong to the blob's name, and not to whoever sent
 them, which is looked for before the decision; afterwards their file counts as lost. None of them can be discarded alone: what
 a transaction leaves behind is invisible, and the service deletes it a week after the last block was sent to that name.
 
-An empty file has a block, too, that is not put into it, but is discarded with it: there is an instant between looking for that
-block and writing the file, in which whoever was overtaken could bring an empty file back that was removed meanwhile.
+Two things are not fenced by that. An empty file has a block, too, that is not put into it, but is discarded with it: between
+looking for that block and writing the file, whoever was overtaken can bring an empty file back that was removed meanwhile, and
+discards what a later transaction staged at that name. And since blocks cannot be discarded, of two recoveries at once, one of
+which leaves a stranger's file in place and one of which replaces it, the one that was overtaken may still do so.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from typing import TYPE_CHECKING
 
 from azure.storage.blob.aio import BlobServiceClient
 
-from staged.driver import LogHandle
+from staged.driver import Alive, LogHandle, idle
 from staged.drivers._azure import Location
 from staged.drivers._blobs import block_id
 from staged.drivers._cloud import Parts, Refused, mapped
 from staged.drivers._container import Container
 from staged.drivers._objects import ObjectDriver, alike, guarantees
-from staged.errors import StagingError, Unsupported
+from staged.errors import Conflict, StagingError, Unsupported
 from staged.model import Capabilities, Entry
 from staged.paths import join
 
@@ -38,6 +40,8 @@ __all__ = ["AzureBlobDriver"]
 
 _KEPT = 6 * 86_400
 """Seconds after which nothing is decided any more: what is staged is kept for a week, and must be put together in that time."""
+_ASKED = 250
+"""Names that are asked about between two signs of life."""
 _TRUSTED = 10.0
 """Seconds for which what was seen at sealing is taken for true."""
 
@@ -111,7 +115,7 @@ class AzureBlobDriver(ObjectDriver):
         # What is staged cannot be discarded, and expires: nothing is to be logged.
         return _Writer(self._objects, tx, path, join(self._path, path))
 
-    async def seal(self, tx: str, entries: Collection[Entry]) -> None:
+    async def seal(self, tx: str, entries: Collection[Entry], alive: Alive = idle) -> None:
         discarded = self._discarded.get(tx, set())
         left = {join(self._path, entry.path): entry for entry in entries if entry.handle not in discarded}
         gone = [entry for entry in entries if entry.handle in discarded]
@@ -125,20 +129,26 @@ class AzureBlobDriver(ObjectDriver):
                         left.pop(name, None)
                     pages_left -= 1
             asked = list(left.values())
-            staged = await self._at_once(asked, lambda entry: self._is_staged(tx, entry))
-        gone += [entry for entry, is_staged in zip(asked, staged, strict=True) if not is_staged]
+            for at in range(0, len(asked), _ASKED):
+                await alive()
+                some = asked[at : at + _ASKED]
+                staged = await self._at_once(some, lambda entry: self._is_staged(tx, entry))
+                gone += [entry for entry, is_staged in zip(some, staged, strict=True) if not is_staged]
         if gone:
-            raise StagingError(
-                f"{gone[0].path!r} is no longer staged: its blocks are gone, as when something else is written to that name."
+            raise Conflict(
+                f"{gone[0].path!r} is no longer staged: its blocks are gone, as when something else is written to that name. "
+                "Run it again."
             )
         self._check_age(entries)
         if entries:
             self._sealed[tx] = self._objects.now
 
-    async def arrange(self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool) -> None:
+    async def arrange(
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], alive: Alive = idle, *, afresh: bool
+    ) -> None:
         # Between sealing and this there may be days.
         if self._objects.now - self._sealed.get(tx, 0.0) > _TRUSTED:
-            await self.seal(tx, entries)
+            await self.seal(tx, entries, alive)
 
     def _check_age(self, entries: Collection[Entry]) -> None:
         """Raise where the service may discard what is staged before it is put together."""
@@ -161,11 +171,10 @@ class AzureBlobDriver(ObjectDriver):
 
     async def _show(self, tx: str, entry: Entry, name: str, replaced: str | None) -> None:
         blocks = _blocks(tx, entry)
-        if not entry.size:
-            if not await self._is_staged(tx, entry):
-                raise Refused(f"completing {name!r}", 404, "InvalidBlockList")
-            blocks = []
-        await self._objects.commit(name, blocks, entry.identity, replaces=replaced)
+        if entry.size:
+            await self._objects.commit(name, blocks, entry.identity, replaces=replaced)
+        else:
+            await self._objects.commit_empty(name, blocks, entry.identity, replaces=replaced)
 
     async def _is_staged(self, tx: str, entry: Entry) -> bool:
         return (await self._objects.blocks(join(self._path, entry.path))).keys() >= set(_blocks(tx, entry))

@@ -213,7 +213,7 @@ class MemoryDriver(Driver):
             raise StagingError("The staging holds what was not recorded.")
 
     async def arrange(
-        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], alive: Alive = idle, *, afresh: bool
     ) -> Arranged | None:
         # An order of its own, for one kind of store, so that what is arranged is explored as well.
         return Arranged(tuple(reversed(entries)), {}) if self._swap == "clears" else None

@@ -180,7 +180,7 @@ class OpenMirroringDriver(OneLakeDriver):
     # ------------------------------------------------------------------------------------------------------ names and order
 
     async def arrange(
-        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], alive: Alive = idle, *, afresh: bool
     ) -> Arranged | None:
         with mapped():
             if afresh and self._drop_wait is None and not await self._can_tell_drops():

@@ -214,9 +214,9 @@ class FaultDriver(Driver):
         await self._through("discard", lambda: self.inner.discard(tx, handles, whole=whole))
 
     async def arrange(
-        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], *, afresh: bool
+        self, tx: str, entries: Sequence[Entry], meta: Mapping[str, object], alive: Alive = idle, *, afresh: bool
     ) -> Arranged | None:
-        return await self._through("arrange", lambda: self.inner.arrange(tx, entries, meta, afresh=afresh))
+        return await self._through("arrange", lambda: self.inner.arrange(tx, entries, meta, alive, afresh=afresh))
 
     async def scratch(self, tx: str) -> str | None:
         return await self._through("scratch", lambda: self.inner.scratch(tx), sent=False)
