@@ -7,11 +7,7 @@ round trip, so many at once, if nothing else took time: not the requests around 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import count
 
 import anyio
@@ -19,6 +15,7 @@ from azure.core.credentials import AzureNamedKeyCredential
 from azure.storage.blob.aio import BlobServiceClient
 from azure.storage.filedatalake.aio import DataLakeServiceClient
 from bench import Bench, Run
+from proxy import delayed, started
 
 from staged import open_store
 from staged.drivers.adls import AdlsDriver
@@ -27,17 +24,6 @@ TESTS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROUND_TRIP = 0.020
 KEY = AzureNamedKeyCredential("account", "a2V5")
 _numbers = count()
-
-
-@contextmanager
-def started(*program: str, cwd: str | None = None) -> Iterator[str]:
-    """A server in a process of its own, by the URL that it prints; it ends when its input does."""
-    with subprocess.Popen(
-        [sys.executable, *program], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.communicate()
 
 
 class Lake:
@@ -146,39 +132,36 @@ def adlfs(lake: Lake, files: int) -> float:
 def run(bench: Bench) -> None:
     files = 100 if bench.quick else 1_000
     rounds = 2 if bench.quick else 3
-    with started("-m", "dfs", cwd=TESTS) as near:
-        port = near.rpartition(":")[2]
-        program = os.path.join(os.path.dirname(__file__), "proxy.py")
-        with started(program, port, f"{ROUND_TRIP * 1000:g}") as far:
-            lake = Lake(near, far)
-            group = f"ADLS behind 20 ms: {files:,} files"
-            contenders: dict[str, Run] = {
-                "staged append, 4 at once": lambda: ours(lake, "append", files, 4),
-                "staged append, 16 at once": lambda: ours(lake, "append", files, 16),
-                "staged full_drop, 16 at once": lambda: ours(lake, "full_drop", files, 16),
-                "renames by hand, 4 at once": lambda: by_hand(lake, files, 4),
-                "renames by hand, 16 at once": lambda: by_hand(lake, files, 16),
-                "renames by hand, one after another": lambda: by_hand(lake, files, 1),
-                "adlfs mv, its copies alone": lambda: adlfs(lake, files),
-                "N x R / 4": lambda: files * ROUND_TRIP / 4,
-                "N x R / 16": lambda: files * ROUND_TRIP / 16,
-            }
-            bench.compare(group, contenders, rounds, base="renames by hand, 16 at once", warm_up=False)
-            for tasks in (4, 16):
-                bench.hold(
-                    f"ADLS append of {files:,} files, {tasks} at once, to N x R / C",
-                    (group, f"staged append, {tasks} at once"),
-                    (group, f"N x R / {tasks}"),
-                    at_most=1.15,
-                )
-            few = "ADLS behind 20 ms: 10 files"
-            bench.compare(few, {"staged full_drop": lambda: ours(lake, "full_drop", 10, 16)}, rounds, warm_up=False)
+    with started("-m", "dfs", cwd=TESTS) as near, delayed(near, ROUND_TRIP) as far:
+        lake = Lake(near, far)
+        group = f"ADLS behind 20 ms: {files:,} files"
+        contenders: dict[str, Run] = {
+            "staged append, 4 at once": lambda: ours(lake, "append", files, 4),
+            "staged append, 16 at once": lambda: ours(lake, "append", files, 16),
+            "staged full_drop, 16 at once": lambda: ours(lake, "full_drop", files, 16),
+            "renames by hand, 4 at once": lambda: by_hand(lake, files, 4),
+            "renames by hand, 16 at once": lambda: by_hand(lake, files, 16),
+            "renames by hand, one after another": lambda: by_hand(lake, files, 1),
+            "adlfs mv, its copies alone": lambda: adlfs(lake, files),
+            "N x R / 4": lambda: files * ROUND_TRIP / 4,
+            "N x R / 16": lambda: files * ROUND_TRIP / 16,
+        }
+        bench.compare(group, contenders, rounds, base="renames by hand, 16 at once", warm_up=False)
+        for tasks in (4, 16):
             bench.hold(
-                f"ADLS full_drop of {files:,} files, to that of 10",
-                (group, "staged full_drop, 16 at once"),
-                (few, "staged full_drop"),
-                at_most=2,
+                f"ADLS append of {files:,} files, {tasks} at once, to N x R / C",
+                (group, f"staged append, {tasks} at once"),
+                (group, f"N x R / {tasks}"),
+                at_most=1.15,
             )
+        few = "ADLS behind 20 ms: 10 files"
+        bench.compare(few, {"staged full_drop": lambda: ours(lake, "full_drop", 10, 16)}, rounds, warm_up=False)
+        bench.hold(
+            f"ADLS full_drop of {files:,} files, to that of 10",
+            (group, "staged full_drop, 16 at once"),
+            (few, "staged full_drop"),
+            at_most=2,
+        )
     with started("-m", "dfs", "--plan", " ".join(f"throttles@{n * 5 + 3}" for n in range(4_000)), cwd=TESTS) as near:
         lake = Lake(near, near)
         # Of a store that refuses a fifth of all requests and asks for no pause.

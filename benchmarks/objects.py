@@ -13,16 +13,18 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Protocol, Self
+from typing import Protocol
 
 from bench import Bench, Run
 from opponents.job import Job
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROJECT = os.path.dirname(HERE)
+# The servers are those of the tests.
+sys.path.append(os.path.join(PROJECT, "tests"))
 ENVIRONMENTS = os.path.join(PROJECT, ".nox", "opponents")
 ROUND_TRIP = 0.020
 SMALL = 4 << 10
@@ -76,6 +78,7 @@ class Store(Protocol):
         base: The one of them that the others are divided by: it does no more than upload.
         overwriters: Others that overwrite what is there.
         environment: What the programs need in theirs.
+        removes: How many files one request of ours removes.
     """
 
     kind: str
@@ -87,6 +90,7 @@ class Store(Protocol):
     base: str
     overwriters: Mapping[str, Opponent]
     environment: Mapping[str, str]
+    removes: int
 
     def place(self) -> str:
         """A new bucket."""
@@ -108,70 +112,6 @@ class Store(Protocol):
 
     def sent(self) -> int:
         """Bytes that were sent to the server."""
-
-
-class S3:
-    """MiniStack."""
-
-    kind, unit = "S3", "completions"
-    by_hand = Opponent("with_boto3", "completions")
-    writers: Mapping[str, Opponent] = {
-        "s3fs, a transaction": Opponent("with_s3fs", needs=("s3fs",)),
-        "boto3, uploads, copies and deletions": Opponent("with_boto3", "moves"),
-        "boto3, no transaction": Opponent("with_boto3", "uploads"),
-        "obstore, no transaction": Opponent("with_obstore", needs=("obstore",)),
-    }
-    base = "boto3, no transaction"
-    # Its table is in memory as a whole.
-    overwriters: Mapping[str, Opponent] = {
-        "awswrangler, overwrite": Opponent("with_awswrangler", needs=("awswrangler",), largest=1 << 20)
-    }
-    environment: Mapping[str, str] = {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "NO_PROXY": "127.0.0.1",
-    }
-
-    def __enter__(self) -> Self:
-        from s3 import S3Proxy, S3Server
-
-        with ExitStack() as stack:
-            self._server = stack.enter_context(S3Server("ministack"))
-            self._proxy = stack.enter_context(S3Proxy(self._server.url))
-            self.near, self.far = self._server.url, self._proxy.url
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
-
-    def place(self) -> str:
-        return self._server.bucket()
-
-    def drop(self, place: str) -> None:
-        client = self._server.client()
-        for page in client.get_paginator("list_objects_v2").paginate(Bucket=place):
-            if found := page.get("Contents"):
-                client.delete_objects(Bucket=place, Delete={"Objects": [{"Key": one["Key"]} for one in found]})
-        client.delete_bucket(Bucket=place)
-
-    def behave(self, delay: float, throttle: int) -> None:
-        self._proxy.delay, self._proxy.throttle = delay, throttle
-        self._proxy.clear()
-
-    def requests(self) -> Counter[str]:
-        return Counter(self._proxy.counts)
-
-    def copies(self) -> int:
-        return self._proxy.counts["CopyObject"] + self._proxy.counts["UploadPartCopy"]
-
-    def removals(self) -> int:
-        removed = [record.keys for record in self._proxy.log if record.operation in ("DeleteObject", "DeleteObjects")]
-        return sum(any("_staged" not in key.split("/") for key in keys) for keys in removed)
-
-    def sent(self) -> int:
-        return self._proxy.traffic["up"]
 
 
 def play(
@@ -274,7 +214,9 @@ def overwrite(bench: Bench, store: Store, files: int, rounds: int) -> None:
     counted = f"{group}, requests that remove"
     bench.compare(counted, {"staged full_drop": removals}, 1, unit="requests", warm_up=False)
     bench.hold(
-        f"{store.kind} requests that remove {files:,} files", (counted, "staged full_drop"), at_most=-(-files // 1_000)
+        f"{store.kind} requests that remove {files:,} files",
+        (counted, "staged full_drop"),
+        at_most=-(-files // store.removes),
     )
 
 
@@ -334,9 +276,9 @@ def measure(bench: Bench, store: Store, files: int, few: int, large: int, rounds
     throttle(bench, store, files, rounds)
 
 
-def run(bench: Bench) -> None:
-    sys.path.append(os.path.join(PROJECT, "tests"))
-    with S3() as store:
+def run(bench: Bench, opened: AbstractContextManager[Store]) -> None:
+    """One store in the sizes of this run."""
+    with opened as store:
         if bench.quick:
             measure(bench, store, 100, 2, 16 << 20, 1)
         else:

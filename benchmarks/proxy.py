@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+
+@contextmanager
+def started(*program: str, cwd: str | None = None) -> Iterator[str]:
+    """A server in a process of its own, by the URL that it prints; it ends when its input does."""
+    with subprocess.Popen(
+        [sys.executable, *program], cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate()
+
+
+@contextmanager
+def delayed(url: str, seconds: float) -> Iterator[str]:
+    """The address of a server behind this proxy, in a process of its own."""
+    with started(__file__, url.rpartition(":")[2], f"{seconds * 1000:g}") as far:
+        yield far
 
 
 async def pump(source: asyncio.StreamReader, goal: asyncio.StreamWriter, delay: float) -> None:
@@ -31,4 +51,5 @@ async def loop_until_stdin_ends() -> None:
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
 
 
-asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2]) / 1000))
+if __name__ == "__main__":
+    asyncio.run(serve(int(sys.argv[1]), float(sys.argv[2]) / 1000))

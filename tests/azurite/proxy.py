@@ -48,6 +48,8 @@ class BlobProxy(S3Proxy):
         query = dict(parse_qsl(search, keep_blank_values=True))
         kinds = _OF_BLOBS if blob else _OF_CONTAINERS
         operation = kinds.get((raw.method, query.get("comp", "")), raw.method)
+        if operation == "PutBlob" and "x-ms-copy-source" in headers:
+            operation = "CopyBlob"
         small = (raw.content_length or 0) <= CHUNK and "Transfer-Encoding" not in raw.headers
         body = await raw.content.read() if small else None
         what = Asked(operation, container, blob, query)

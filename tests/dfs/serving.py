@@ -57,6 +57,7 @@ class Loopback(ABC, Generic[Q]):
     Attributes:
         counts: Requests by verb, without those that a fault added.
         log: What came, in order.
+        received: Bytes of the bodies that came.
         before: Called with each request's number before it is looked at, in the server's thread.
     """
 
@@ -64,6 +65,7 @@ class Loopback(ABC, Generic[Q]):
         self.plan = Plan(plan) if isinstance(plan, str) else plan
         self.counts: Counter[str] = Counter()
         self.log: list[Logged] = []
+        self.received = 0
         self.before: Callable[[int], None] = lambda number: None
         self.url = ""
         self._now = now
@@ -142,7 +144,9 @@ class Loopback(ABC, Generic[Q]):
 
     async def _handle(self, raw: web.Request) -> web.StreamResponse:
         try:
-            return await self._handled(raw, await self._parsed(raw))
+            request = await self._parsed(raw)
+            self.received += len(await raw.read())
+            return await self._handled(raw, request)
         except Exception as error:
             self._broken = error  # a mistake in here, not a fault that was asked for
             raise
