@@ -14,6 +14,7 @@ from bench import Bench, on_another_device
 
 # Modules, loaded on use: not every part needs what another compares with.
 PARTS = ("overhead", "moves", "tables", "lakes", "stores.s3", "stores.gcs", "stores.blob")
+STORES = ("lakes", "s3", "gcs", "blob")
 NAMES = {path.rpartition(".")[2]: path for path in PARTS}
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -24,11 +25,11 @@ def main() -> None:
     options.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds")
     options.add_argument("--only", choices=NAMES, help="one part of them")
     options.add_argument("--json", help="where to write the results")
-    options.add_argument("--picture", help="where to draw how long commits take")
+    options.add_argument("--picture", help="where to draw how long commits take, or a store's")
     options.add_argument("--directory", default=PROJECT, help="where to write files; by default in the project")
     chosen = options.parse_args()
-    if chosen.picture and chosen.only not in (None, "moves"):
-        options.error("The picture is of the part 'moves'.")
+    if chosen.picture and chosen.only not in (None, "moves", *STORES):
+        options.error(f"There are pictures of the parts moves, {', '.join(STORES)}.")
     # Whoever ends it early leaves no files behind either.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     started = time.monotonic()
@@ -42,9 +43,12 @@ def main() -> None:
     if chosen.json:
         bench.save(chosen.json)
     if chosen.picture:
-        from picture import draw
+        from picture import draw, draw_stores
 
-        draw(bench, chosen.picture, 10_000)
+        if chosen.only in STORES:
+            draw_stores(bench.results, chosen.picture)
+        else:
+            draw(bench.results, chosen.picture, 10_000)
 
 
 if __name__ == "__main__":

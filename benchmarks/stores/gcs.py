@@ -20,7 +20,7 @@ class Gcs:
     kind, unit = "GCS", "moves"
     by_hand = Opponent("with_google", "moves")
     writers: Mapping[str, Opponent] = {
-        "staged append at the service's rate": Opponent("with_staged", "append, rated"),
+        "staged append, with its default of rate=1": Opponent("with_staged", "append, rated"),
         "gcsfs, a transaction": Opponent("with_gcsfs", needs=("gcsfs",)),
         "google-cloud-storage, uploads, copies and deletions": Opponent("with_google", "copies"),
         "google-cloud-storage, no transaction": Opponent("with_google", "uploads"),
@@ -85,7 +85,7 @@ class Gcs:
 
 def run(bench: Bench) -> None:
     bench.note(
-        "GCS takes one write a second of one name, for which ours waits by default: `at the service's rate`. All its other "
-        "figures are with rate=0, to compare requests."
+        "GCS takes one write of a name a second, for which ours waits with its default of rate=1; all its other figures are "
+        "with rate=0, to compare requests."
     )
     objects.run(bench, Gcs())
