@@ -86,6 +86,7 @@ def map(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Ours beside everything else, in most of an hour on a quiet machine; `-- --quick` for a first look."""
+    """Ours beside everything else, in a few hours on a quiet machine; `-- --quick` for a first look."""
     install(session, "bench")
+    install_azurite(session)
     session.run("python", "benchmarks", *session.posargs)

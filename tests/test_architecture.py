@@ -314,4 +314,4 @@ finally:
     ended = subprocess.run(
         [sys.executable, "-c", without], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
     )
-    assert ended.returncode == 0 and "{overhead,moves,tables,lakes,objects}" in ended.stdout, ended.stderr
+    assert ended.returncode == 0 and "{overhead,moves,tables,lakes,s3,gcs,blob}" in ended.stdout, ended.stderr
