@@ -17,12 +17,21 @@ from azure.storage.blob import BlobBlock, ContainerClient
 from azure.storage.blob.aio import BlobServiceClient
 from azurite import ACCOUNT, KEY, AzuriteServer, BlobProxy, missing
 
-from staged import CommitBlocked, Conflict, InvalidInput, StagedError, StagingError, Unsupported, open_store
+from staged import (
+    CommitBlocked,
+    CommitIncomplete,
+    Conflict,
+    InvalidInput,
+    StagedError,
+    StagingError,
+    Unsupported,
+    open_store,
+)
 from staged.driver import Driver
 from staged.drivers._cloud import Refused
 from staged.drivers._container import Container
 from staged.drivers.azure_blob import AzureBlobDriver
-from staged.model import Answer, Entry, Mode
+from staged.model import Answer, Entry, Mode, Resolve
 from staged.states import new_id
 from staged.testing.conformance import DriverConformance
 from staged.testing.exploration import Work
@@ -459,17 +468,19 @@ async def test_what_a_stranger_discarded_is_missed_before_the_decision(
         await harness.put("a", b"a stranger's")
         if leaves == "nothing":
             await harness.delete("a")
-        with pytest.raises(StagingError, match="'a' is no longer staged"):
+        with pytest.raises(Conflict, match="'a' is no longer staged"):
             await tx.commit()
         await tx.rollback()
     assert await harness.files() == ({"a": b"a stranger's"} if leaves == "a file" else {})
 
 
 @pytest.mark.anyio
-async def test_what_a_stranger_discards_after_the_decision_is_said_to_be_lost(
-    harness: BlobHarness, proxy: BlobProxy
+@pytest.mark.parametrize("resolve", ["keep", "replace"])
+async def test_what_a_stranger_discards_after_the_decision_is_said_to_be_lost_and_nothing_is_removed_for_it(
+    harness: BlobHarness, proxy: BlobProxy, resolve: Resolve
 ) -> None:
     harness.period = 0.5
+    await harness.put("old", b"old")
     async with open_store(harness.process()) as store:
         proxy.clear()
 
@@ -482,11 +493,30 @@ async def test_what_a_stranger_discards_after_the_decision_is_said_to_be_lost(
         stolen: list[int] = []
         proxy.before = steal
         with pytest.raises(CommitBlocked, match="are gone: 'a'"):
-            await Work(Mode.APPEND, (("a", b"ours"),))(store)
+            await Work(Mode.FULL_DROP, (("a", b"ours"),))(store)
         assert stolen
         proxy.before = lambda number: None
-        await store.recover(resolve="keep")
-    assert await harness.files() == {"a": b"a stranger's"}
+        await store.recover(resolve=resolve)
+    assert await harness.files() == {"a": b"a stranger's", "old": b"old"}
+
+
+@pytest.mark.anyio
+async def test_a_lease_on_what_is_replaced_is_named_and_the_commit_completed_when_it_ends(harness: BlobHarness) -> None:
+    harness.period = 0.5
+    await harness.put("a", b"old")
+    leased = harness.container.get_blob_client(f"{harness.path}/a")
+    async with open_store(harness.process()) as store:
+        tx = await store.begin("overwrite_files")
+        await tx.write("a", b"ours")
+        await tx.prepare()
+        lease = await to_thread.run_sync(leased.acquire_lease)
+        with pytest.raises(CommitIncomplete, match="LeaseIdMissing"):
+            await tx.commit()
+        with pytest.raises(CommitIncomplete, match="LeaseIdMissing"):
+            await store.recover(resolve="replace")
+        await to_thread.run_sync(lease.break_lease, 0)
+        await store.recover()
+    assert await harness.files() == {"a": b"ours"}
 
 
 @pytest.mark.anyio
