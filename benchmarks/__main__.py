@@ -1,4 +1,4 @@
-"""`python benchmarks [--quick] [--only PART] [--json FILE] [--picture FILE] [--directory DIR]`: all, side by side."""
+"""`python benchmarks [--quick] [--rounds N] [--only PART] [--json FILE] [--picture FILE] [--directory DIR]`: all, side by side."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main() -> None:
     """Run all benchmarks."""
     options = argparse.ArgumentParser(prog="benchmarks", description="Everything, side by side in one run.")
     options.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds")
+    options.add_argument("--rounds", type=int, default=1_000, help="at most so many")
     options.add_argument("--only", choices=NAMES, help="one part of them")
     options.add_argument("--json", help="where to write the results")
     options.add_argument("--picture", help="where to draw how long commits take, or a store's")
@@ -34,7 +35,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".bench-", dir=chosen.directory) as root:
-        bench = Bench(root, on_another_device(root), chosen.quick)
+        bench = Bench(root, on_another_device(root), chosen.quick, chosen.rounds)
         for name, path in NAMES.items():
             if chosen.only in (None, name):
                 importlib.import_module(path).run(bench)

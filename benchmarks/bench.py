@@ -53,11 +53,13 @@ class Bench:
         root: Where files are written.
         elsewhere: A directory on another device, or None.
         quick: Fewer rounds and smaller sizes.
+        rounds: No more of them than these.
     """
 
     root: str
     elsewhere: str | None
     quick: bool
+    rounds: int = 1_000
     results: list[Result] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -89,6 +91,7 @@ class Bench:
         """
         values: dict[str, list[float]] = {}
         order = list(contenders)
+        rounds = min(rounds, self.rounds)
         for number in range(-1 if warm_up else 0, rounds):
             at = number % len(order)
             for name in order[at:] + order[:at]:

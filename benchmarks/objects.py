@@ -265,10 +265,11 @@ def throttle(bench: Bench, store: Store, files: int, rounds: int) -> None:
 
 
 def measure(bench: Bench, store: Store, files: int, few: int, large: int, rounds: int) -> None:
-    """One store: so many small files, and so few of that many bytes."""
-    for delay in 0.0, ROUND_TRIP:
+    """One store: so many small files, and so few, if any, of that many bytes."""
+    for delay in ROUND_TRIP, 0.0:
         append(bench, store, delay, files, SMALL, rounds)
-        append(bench, store, delay, few, large, rounds)
+        if few:
+            append(bench, store, delay, few, large, rounds)
     overwrite(bench, store, files, rounds)
     requests(bench, store, files)
     traffic(bench, store, files, SMALL, 1.5)
@@ -276,10 +277,10 @@ def measure(bench: Bench, store: Store, files: int, few: int, large: int, rounds
     throttle(bench, store, files, rounds)
 
 
-def run(bench: Bench, opened: AbstractContextManager[Store]) -> None:
-    """One store in the sizes of this run."""
+def run(bench: Bench, opened: AbstractContextManager[Store], *, large: bool = False) -> None:
+    """One store in the sizes of this run, with large files or with small ones alone."""
     with opened as store:
         if bench.quick:
-            measure(bench, store, 100, 2, 16 << 20, 1)
+            measure(bench, store, 100, 2 * large, 16 << 20, 1)
         else:
-            measure(bench, store, 1_000, 20, 64 << 20, 3)
+            measure(bench, store, 1_000, 20 * large, 64 << 20, 3)

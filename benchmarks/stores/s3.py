@@ -69,4 +69,4 @@ class S3(Proxied):
 
 
 def run(bench: Bench) -> None:
-    objects.run(bench, S3())
+    objects.run(bench, S3(), large=True)
