@@ -71,18 +71,24 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
     return note
 
 
+LOGGERS = ("staged", "asyncio", "aiohttp", "azure", "botocore", "boto3", "google", "msal", "requests", "urllib3")
+
+
 @pytest.fixture
 def logged() -> Iterator[io.StringIO]:
-    """What every logger says, down to DEBUG."""
+    """What our logger and those of the SDKs and of what they stand on say, down to DEBUG."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    root = logging.getLogger()
-    before = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.NOTSET)
+    logging.getLogger().addHandler(handler)
+    # pytest sets the root's own level anew for each phase of a test.
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.DEBUG)
     yield stream
-    root.setLevel(before)
-    root.removeHandler(handler)
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+    logging.getLogger().removeHandler(handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

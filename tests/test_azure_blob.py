@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import logging
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -283,7 +282,6 @@ async def test_no_signature_is_shown_logged_or_kept(
     server: AzuriteServer, proxy: BlobProxy, logged: io.StringIO, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Not where all goes well, and not where requests fail for good, are cut off, or are denied."""
-    logging.getLogger().setLevel(logging.DEBUG)
     container = server.container()
     signature = server.signature(container.container_name)
     secret = signature.partition("sig=")[2].partition("&")[0]

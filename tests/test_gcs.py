@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -265,6 +267,17 @@ async def test_a_service_that_keeps_less_of_a_chunk_than_was_sent_gets_the_rest(
         async with open_store(target.process()) as store, store.staged_write("append") as tx:
             await tx.write("large", body)
         assert await target.files() == {"large": body}
+
+
+@pytest.mark.anyio
+async def test_the_address_of_an_upload_which_is_a_credential_is_not_logged(
+    server: GcsServer, logged: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("staged.drivers._cloud._PART", 1 << 20)
+    async with open_store(GcsHarness(server).process()) as store, store.staged_write("append") as tx:
+        await tx.write("large", bytes(3 << 20))
+    assert "upload_id=REDACTED" in logged.getvalue()
+    assert set(re.findall("upload_id=([^&\\s]*)", logged.getvalue())) == {"REDACTED"}
 
 
 @pytest.mark.anyio

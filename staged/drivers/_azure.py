@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,7 +13,7 @@ from azure.core.credentials import AzureNamedKeyCredential
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
 from staged import paths
-from staged.drivers._cloud import Refused
+from staged.drivers._cloud import Refused, hide_secrets
 from staged.errors import InvalidInput, InvalidPath, Unsupported
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def client_options(credential: Credential | None, sas: str | None, *, trio: bool
     """What every client is made with: the credential, no retries of its own, and a transport for the event loop."""
     if credential is not None and sas is not None:
         raise InvalidInput("The URL holds a shared access signature; a credential cannot be passed beside it.")
-    _hide_signatures()
+    hide_secrets()
     return {
         "credential": plain(credential) if credential is not None else sas,
         # A replay below this cannot be kept out (aiohttp does it by itself); one above it is `Limit`'s business.
@@ -161,26 +160,6 @@ def of(client: Any) -> Credential | None:
         return AzureNamedKeyCredential(client.credential.account_name, client.credential.account_key)
     credential: Credential | None = client.credential
     return credential
-
-
-class _Hidden(logging.Filter):
-    """urllib3 logs whole URLs at DEBUG, and with them the signature that is the credential."""
-
-    _SIGNATURE = re.compile(r"(?i)\bsig=[^&\s\"']+")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if isinstance(record.args, tuple):
-            record.args = tuple(
-                self._SIGNATURE.sub("sig=REDACTED", arg) if isinstance(arg, str) else arg for arg in record.args
-            )
-        return True
-
-
-_hidden = _Hidden()
-
-
-def _hide_signatures() -> None:
-    logging.getLogger("urllib3.connectionpool").addFilter(_hidden)
 
 
 def bare(etag: str) -> str:

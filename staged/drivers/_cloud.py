@@ -6,7 +6,9 @@ driver that sent it tells by identity what became of it.
 
 from __future__ import annotations
 
+import logging
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -16,7 +18,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_ran
 
 from staged.errors import StorageError
 
-__all__ = ["MISSED", "Limit", "Parts", "Refused", "at_once", "mapped", "unless_missing"]
+__all__ = ["MISSED", "Limit", "Parts", "Refused", "at_once", "hide_secrets", "mapped", "unless_missing"]
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -162,6 +164,27 @@ def mapped() -> Iterator[None]:
         yield
     except Refused as error:
         raise StorageError(str(error), retryable=error.passing) from error
+
+
+class _Hidden(logging.Filter):
+    """urllib3 logs whole URLs at DEBUG, and with them a signature or an upload's id that needs no other credential."""
+
+    _SECRET = re.compile(r"(?i)\b(sig|upload_id)=[^&\s\"']+")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(
+                self._SECRET.sub(r"\1=REDACTED", arg) if isinstance(arg, str) else arg for arg in record.args
+            )
+        return True
+
+
+_hidden = _Hidden()
+
+
+def hide_secrets() -> None:
+    """Keep what a URL may hold from the log."""
+    logging.getLogger("urllib3.connectionpool").addFilter(_hidden)
 
 
 class Parts(Generic[T]):

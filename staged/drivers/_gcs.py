@@ -18,14 +18,13 @@ from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
 from requests.adapters import HTTPAdapter
 
 from staged.driver import Record
-from staged.drivers._cloud import MISSED, Limit, Refused, at_once, unless_missing
+from staged.drivers._cloud import MISSED, Limit, Refused, at_once, hide_secrets, unless_missing
 from staged.drivers._objects import WRITE, Look, Objects, honoured
 from staged.drivers._threads import TIMEOUT, Threads
 from staged.model import Answer, Listed
 
 if TYPE_CHECKING:
     from google.auth.credentials import Credentials
-    from google.cloud.storage import Blob
     from google.cloud.storage import Bucket as GoogleBucket
     from google.cloud.storage import Client as GoogleClient
 
@@ -58,6 +57,7 @@ class GcsBucket(Objects):
         self._name, self._credentials, self._api_endpoint = name, credentials, api_endpoint
         self._sdk: Threads[GoogleClient] = Threads(self.limit, self._make_client, _once, client)
         self.honours = (True, True)
+        hide_secrets()
         self.moves = True
         """Whether the bucket takes a move; else a copy and a deletion."""
         self._probed = False
@@ -147,7 +147,7 @@ class GcsBucket(Objects):
             url = f"{_base(client)}/storage/v1/b/{quote(self._name)}/o/{quote(name, safe='')}"
             answer = client._http.get(url, timeout=TIMEOUT)
             if answer.status_code != 200:
-                raise Refused(f"looking at {name!r}", answer.status_code, _reason(answer))
+                raise Refused(f"looking at {name!r}", answer.status_code, _reason(answer), _after(answer.headers))
             blob = bucket.blob(name)
             blob._set_properties(answer.json())
             now = parsedate_to_datetime(answer.headers["Date"])
@@ -224,7 +224,17 @@ class GcsBucket(Objects):
             except Refused as error:
                 if error.status not in (400, 405, 501):
                     raise
-        await self._send(f"copying {source!r} to {goal!r}", lambda bucket: _rewrite(bucket, source, goal, conditions))
+        token: str | None = None
+
+        def rewrite(bucket: GoogleBucket) -> None:
+            # In as many calls as it takes; what is sent again goes on where the last one came to.
+            nonlocal token
+            while True:
+                token, _, _ = bucket.blob(goal).rewrite(bucket.blob(source), token, **conditions)
+                if token is None:
+                    return
+
+        await self._send(f"copying {source!r} to {goal!r}", rewrite)
         self.moves = False
         # The source is gone before anything else is done: a copy that comes late finds none.
         await self.delete({source: None})
@@ -298,22 +308,11 @@ class Session:
         """Have what was sent forgotten."""
         answer = http.delete(self._address, timeout=TIMEOUT)
         if answer.status_code not in (204, 404, 410, 499):
-            raise Refused(f"writing {self.name!r}", answer.status_code, _reason(answer))
+            raise Refused(f"writing {self.name!r}", answer.status_code, _reason(answer), _after(answer.headers))
 
 
 def _base(client: GoogleClient) -> str:
     return str(getattr(client._connection, "API_BASE_URL", ""))
-
-
-def _rewrite(bucket: GoogleBucket, source: str, goal: str, conditions: dict[str, Any]) -> None:
-    """Copy an object within the service, in as many calls as it takes."""
-    there: Blob = bucket.blob(source)
-    goal_blob: Blob = bucket.blob(goal)
-    token: str | None = None
-    while True:
-        token, _, _ = goal_blob.rewrite(there, token, **conditions)
-        if token is None:
-            return
 
 
 def _once(what: str, request: Callable[[], object]) -> object:
