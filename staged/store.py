@@ -268,6 +268,7 @@ class Store:
 
         Args:
             resolve: What to do where a foreign thing blocks a decided commit: "keep" that thing, or "replace" it.
+                Where staged files are gone, either goes on without them, and removes nothing in their favour.
 
         Raises:
             CommitBlocked: Something foreign is in the way, and `resolve` was not given.

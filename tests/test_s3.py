@@ -327,15 +327,14 @@ async def test_a_completion_that_answers_200_and_never_shows_is_noticed(
             await DROP(store)
         assert raised.value.paths == ("new",)
         assert (await behind.files()).keys() == {"old", "both", "d/f1"}, "nothing is removed before all is there"
-        # What is gone cannot be brought back. Whoever keeps what is there loses nothing for what did not come.
+        # What is gone cannot be brought back: nothing is removed for what did not come.
         await store.recover(resolve=resolve)
-        kept = {"old": b"old", "d/f1": b"old"} if resolve == "keep" else {}
-        assert await behind.files() == {"both": b"new", **kept}
+        assert await behind.files() == {"both": b"new", "old": b"old", "d/f1": b"old"}
         last = (await store.status()).last
         assert last is not None
         receipt = (await store.outcome(last.transaction)).receipt
         assert receipt is not None
-        assert (receipt.files, receipt.left) == (1, 1 + len(kept))
+        assert (receipt.files, receipt.left) == (1, 3)
         assert await behind.leftovers() == []
 
 
