@@ -289,7 +289,9 @@ def _outraced(transaction: str | None) -> Busy:
 async def _pause(deadline: float, seconds: float, stop: Stop) -> None:
     left = deadline - anyio.current_time()
     if left <= 0:
-        raise Busy("Another live process holds the target; the wait for it timed out. Nothing was changed.")
+        raise Busy(
+            "Another process holds the target, and lives or died just now; the wait for it timed out. Nothing was changed."
+        )
     await stop.sleep(min(seconds, left))
 
 

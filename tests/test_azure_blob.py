@@ -278,6 +278,20 @@ async def test_a_clients_owner_keeps_it_and_children_share_it(server: AzuriteSer
 
 
 @pytest.mark.anyio
+async def test_a_token_over_plain_http_is_refused_with_nothing_sent(server: AzuriteServer) -> None:
+    class Token:
+        async def get_token(self, *scopes: str) -> None:
+            raise AssertionError("asked for")
+
+        async def close(self) -> None: ...
+
+    token: Any = Token()
+    async with open_store(AzureBlobDriver(f"{server.container().url}/lake", credential=token)) as store:
+        with pytest.raises(InvalidInput, match="only supported with HTTPS"):
+            await store.begin("append")
+
+
+@pytest.mark.anyio
 async def test_no_signature_is_shown_logged_or_kept(
     server: AzuriteServer, proxy: BlobProxy, logged: io.StringIO, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from azure.storage.blob import BlobBlock
 from staged.drivers._azure import Closable, Location, bare, in_trio, once
 from staged.drivers._cloud import Limit
 from staged.drivers._objects import WRITE
-from staged.errors import StagedError, StorageError
+from staged.errors import InvalidInput, StagedError, StorageError
 
 if TYPE_CHECKING:
     from azure.storage.blob.aio import ContainerClient
@@ -68,7 +68,13 @@ class Requests(ABC, Generic[C]):
             if self._opened is None:
                 # Clients belong to the running event loop; making one asks the operating system for its name, and waits.
                 trio = in_trio()
-                self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
+                try:
+                    self._opened = await to_thread.run_sync(lambda: self._open(trio=trio))
+                except ValueError as error:
+                    # As for a token credential over plain HTTP, which takes a SAS, a key or a connection string.
+                    raise InvalidInput(
+                        f"{self._location.account} cannot be opened with that credential: {error}"
+                    ) from None
         clients = self._opened
         return await self.limit.send(lambda: once(what, lambda: request(clients)), urgent=urgent)
 
