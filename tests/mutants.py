@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,9 @@ WRITERS = "tests/test_writers.py"
 CANCEL = "tests/test_cancellation.py"
 PLACES = "tests/test_places.py"
 STRANGERS = "tests/test_strangers.py"
+S3 = "tests/test_s3.py"
+GCS = "tests/test_gcs.py"
+BLOB = "tests/test_azure_blob.py"
 # The quickest first: the races that are spelled out, a sample of faults, many by seed, many writers.
 EXPLORED = (LIFE, f"{KIT} -k TestMemory", "tests/test_exploration.py -k many_faults", WRITERS)
 
@@ -447,6 +451,63 @@ MUTANTS = [
         "(0,)",
         (SYNCS,),
     ),
+    # Object stores
+    Mutant(
+        "on an object store that a completion answered is no proof",
+        "drivers/s3.py",
+        "if name not in there or there[name].identity != uploads.told.get(_upload_of(names[name].handle))",
+        "if False",
+        (f"{S3} -k answers_200",),
+    ),
+    Mutant(
+        "on an object store what is in the way of an unconditional completion is seen first",
+        "drivers/s3.py",
+        "[name for name, found in there.items() if found.identity != replaces.get(names[name].path)], tell",
+        "[], tell",
+        (f"{S3} -k 'TestMinistack and publish'",),
+    ),
+    Mutant(
+        "on an object store what is there and was to be replaced is not taken for gone",
+        "drivers/_objects.py",
+        "if replaced is None or await self._objects.look(name) is not None:",
+        "if replaced is None:",
+        (f"{BLOB} -k lease",),
+    ),
+    Mutant(
+        "on an object store a file that was to be replaced and is gone frees its name",
+        "drivers/_objects.py",
+        "if replaced is None or await self._objects.look(name) is not None:",
+        "if True:",
+        (f"{GCS} -k 'TestGcs and publish'",),
+    ),
+    Mutant(
+        "on an object store a move names the generation that it replaces",
+        "drivers/_gcs.py",
+        '"if_generation_match": int(replaces or 0),',
+        "",
+        (f"{GCS} -k 'TestGcs and publish'",),
+    ),
+    Mutant(
+        "on an object store blocks are looked for before the decision",
+        "drivers/azure_blob.py",
+        "        if gone:",
+        "        if False:",
+        (f"{BLOB} -k missed_before",),
+    ),
+    Mutant(
+        "on an object store an empty file is written only while its block is there",
+        "drivers/_container.py",
+        "if not (await self._ask(blobs, name)).keys() >= set(blocks):",
+        "if False:",
+        (f"{BLOB} -k late_repeat",),
+    ),
+    Mutant(
+        "on an object store nothing is removed for what is lost",
+        "commit.py",
+        "            if lost:\n                foreign",
+        "            if False:\n                foreign",
+        (f"{BLOB} -k said_to_be_lost",),
+    ),
 ]
 
 
@@ -470,7 +531,7 @@ def killer(mutant: Mutant) -> str | None:
     with tempfile.TemporaryDirectory(prefix="mutant-") as root:
         copy_with(mutant, root)
         for tests in mutant.tests:
-            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests.split()]
+            command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *shlex.split(tests)]
             environment = {**os.environ, "PYTHONPATH": root}
             try:
                 ran = subprocess.run(
