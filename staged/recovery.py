@@ -92,8 +92,8 @@ async def recover(
     finished: list[str] = []
     failed: StorageError | None = None
     try:
-        # A live holder is not waited for; where death is told by silence, a period of it must be.
-        wait = 0.0 if target.store.fence == "lock" else 2 * target.store.period
+        # A live holder is not waited for; where death is told by silence, a period of it must be, however slow the store.
+        wait = 0.0 if target.store.fence == "lock" else 3 * target.store.period
         done = await settle(target, owner, resolve, wait, Stop())
         finished += [done] if done else []
     except Busy:
